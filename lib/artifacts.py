@@ -1,0 +1,360 @@
+"""Where artifacts go and how they are written and read: atomically, checked, one reader and one writer per format.
+
+Nothing half-written is ever read as whole: files appear by renaming, and a stage's record, written last, holds the
+digest of each output. Pickles are read without allowing any class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lib.cli import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+SCHEMA_VERSION = 1
+# Versions that can change numbers; other packages only change speed or looks.
+_FINGERPRINTED_PACKAGES = ("torch", "transformers", "xgboost", "scikit-learn", "numpy", "pandas")
+
+
+# ---------------------------------------------------------------- paths
+
+def model_slug(ai_model: str) -> str:
+    """The path piece that stands for a model: `org/model` is kept, a local folder or .gguf gives its base name."""
+    path = Path(ai_model).expanduser()
+    is_local = path.exists() or ai_model.endswith(".gguf") or ai_model.startswith(("/", ".", "~"))
+    name = (path.resolve().name if is_local else ai_model).removesuffix(".gguf")
+    pieces = [re.sub(r"[^0-9A-Za-z._@+-]+", "_", piece) for piece in name.split("/")]
+    if not pieces or any(piece in ("", ".", "..") for piece in pieces):
+        raise UserError(f"cannot make a folder name from the model {ai_model!r}; give a hub id, a folder or a .gguf file")
+    return "/".join(pieces)
+
+
+# ---------------------------------------------------------------- writing and reading
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on success it is flushed to disk and renamed, on failure removed.
+
+    Text is UTF-8 with "\\n" line ends. Parent folders are created.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    text = "b" not in mode
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        with open(descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder's permissions and free space") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def plain(value: Any) -> Any:
+    """`value` with numpy scalars and arrays as Python ones, paths as text, NaN and infinities as None: strict JSON."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+
+
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Strict JSON text of `value` (see `plain`), keys in the order given."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False, separators=separators)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write strict JSON, atomically."""
+    with atomic_write(path) as handle:
+        handle.write(json_text(value, indent=indent) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read JSON; bare NaN tokens of older writers become None. `what` names the file in error messages."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} cannot be read: {path} ({error}); delete it and run the stage that writes it") from None
+
+
+def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
+    """Write a table: no index, "\\n" line ends, floats with all their digits, atomically."""
+    with atomic_write(path) as handle:
+        frame.to_csv(handle, index=False, lineterminator="\n")
+
+
+def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:
+    """Read a table with `pandas.read_csv` options; floats come back exactly as written."""
+    import pandas as pd
+
+    path = Path(path)
+    try:
+        return pd.read_csv(path, **{"float_precision": "round_trip", **options})
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it") from None
+
+
+def write_npy(path: str | Path, array: np.ndarray) -> None:
+    """Write one array as `.npy`, atomically."""
+    import numpy as np
+
+    with atomic_write(path, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def read_npy(path: str | Path, what: str, *, mmap: bool = False) -> np.ndarray:
+    """Read a `.npy` file without allowing objects; `mmap` leaves the data on disk."""
+    import numpy as np
+
+    with _array_errors(path, what):
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
+    """Write named arrays, compressed, byte for byte the same for the same content."""
+    import zipfile
+
+    import numpy as np
+
+    with atomic_write(path, "wb") as handle, zipfile.ZipFile(handle, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(arrays):
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.asanyarray(arrays[name]), allow_pickle=False)
+            # A fixed date: numpy's own writer stamps the current time.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(),
+                             compress_type=zipfile.ZIP_DEFLATED)
+
+
+def read_npz(path: str | Path, what: str) -> dict[str, np.ndarray]:
+    """Read all arrays of a `.npz` file without allowing objects."""
+    import numpy as np
+
+    with _array_errors(path, what), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+@contextlib.contextmanager
+def _array_errors(path: str | Path, what: str) -> Iterator[None]:
+    import zipfile
+    import zlib
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loads containers and scalars only: any class or function named in the stream is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain containers and numbers are allowed")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it holds a persistent reference")
+
+
+def write_pickle(path: str | Path, value: Any) -> None:
+    """Write built-in containers and scalars as a pickle (the published format of stage 1), atomically."""
+    with atomic_write(path, "wb") as handle:
+        pickle.dump(value, handle, protocol=4)
+
+
+def read_pickle(path: str | Path, what: str) -> Any:
+    """Read a pickle of built-in containers and scalars; anything else in it is refused, nothing of it is run."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as handle:
+            return _PlainUnpickler(handle).load()
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
+    except (OSError, MemoryError, RecursionError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError,
+            IndexError, AttributeError, OverflowError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} refused: {path} is not a plain pickle ({reason})") from None
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def text_digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, as hex."""
+    text = json.dumps(plain(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_figure(stem: str | Path, figure: Figure, data: pd.DataFrame) -> list[Path]:
+    """Write a figure as PDF and PNG with the data behind it as CSV; same content, same bytes. Closes the figure."""
+    import matplotlib.pyplot as plt
+
+    stem = Path(stem)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".png", ".csv")]
+    with plt.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "mecharule"}):
+        for path, dated in zip(paths[:2], ("CreationDate", "Software"), strict=True):
+            with atomic_write(path, "wb") as handle:
+                figure.savefig(handle, format=path.suffix[1:], dpi=200, bbox_inches="tight", metadata={dated: None})
+    write_csv(paths[2], data)
+    plt.close(figure)
+    return paths
+
+
+# ---------------------------------------------------------------- records of finished stages
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage was asked and given: decides whether finished output still answers the question.
+
+    settings: the flags that change the result. inputs: label -> file read. The record of a finished run holds the
+    digests of its outputs and is written last; it is the only file that differs between two equal runs (times).
+    """
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, Path]
+    metadata_path: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over stage, settings, input digests, schema and package versions."""
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None:
+            cached = text_digest(self._identity())
+            self.__dict__["_fingerprint"] = cached
+        return cached
+
+    def _identity(self) -> dict[str, Any]:
+        inputs = {}
+        for label in sorted(self.inputs):
+            path = Path(self.inputs[label])
+            if not path.is_file():
+                raise UserError(f"{label} not found: {path}; run the stage that writes it")
+            inputs[label] = file_digest(path)
+        return {"stage": self.stage, "schema_version": SCHEMA_VERSION, "settings": plain(self.settings), "inputs": inputs,
+                "packages": {name: _package_version(name) for name in _FINGERPRINTED_PACKAGES}}
+
+    def stored(self) -> dict[str, Any] | None:
+        """The metadata of the last finished run in this place, or None (absent or unreadable)."""
+        try:
+            stored = json.loads(self.metadata_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return stored if isinstance(stored, dict) else None
+
+    def is_complete(self) -> bool:
+        """True if a run with this fingerprint finished here and each of its outputs is there, unchanged."""
+        stored = self.stored()
+        if stored is None or stored.get("fingerprint") != self.fingerprint:
+            return False
+        base = self.metadata_path.parent
+        outputs = stored.get("outputs", {})
+        return all((base / name).is_file() and file_digest(base / name) == digest for name, digest in outputs.items())
+
+    def finish(self, outputs: Iterable[str | Path], *, started: float | None = None,
+               summary: dict[str, Any] | None = None) -> None:
+        """Declare the outputs complete. `started` is the run's `time.time()`; `summary` is kept for later display."""
+        base = self.metadata_path.parent
+        digests = {Path(os.path.relpath(path, base)).as_posix(): file_digest(path) for path in outputs}
+        now = time.time()
+        write_json(self.metadata_path, {
+            "fingerprint": self.fingerprint, **self._identity(),
+            "input_paths": {label: Path(path).as_posix() for label, path in sorted(self.inputs.items())},
+            "outputs": dict(sorted(digests.items())), "summary": summary or {},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
+            "seconds": round(now - started, 3) if started is not None else None,
+            "peak_memory_mb": _peak_memory_mb()})
+
+    def summary(self) -> dict[str, Any]:
+        """The summary that the finished run stored."""
+        return (self.stored() or {}).get("summary", {})
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _peak_memory_mb() -> float:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Hold the folder's write lock; a second writer gets a `UserError` at once. Freed even by `kill -9`."""
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run is writing to {folder}; wait for it or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; check its permissions") from error
+    try:
+        yield
+    finally:
+        lock.release()
