@@ -62,7 +62,7 @@ make_environment() {
     local python version
     python=$(pick_python)
     version=$(supported_version "$python")
-    if [ -e .env ] && [ ! -f .env/pyvenv.cfg ] && [ -n "$(ls -A .env 2>/dev/null || echo file)" ]; then
+    if [ -e .env ] && [ ! -f .env/pyvenv.cfg ] && [ -n "$(find .env -type f)" ]; then
         fail "$PWD/.env exists and is not a Python environment; move it away"
     fi
     if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "python $version in $PWD" ] && [ -x .env/bin/python ]; then
@@ -71,7 +71,10 @@ make_environment() {
     else
         # No stamp means that an earlier set-up did not finish: nothing in it is trusted.
         say "making .env with Python $version"
-        "$python" -m venv --clear .env || fail "$python -m venv failed; on Debian and Ubuntu install python3-venv"
+        rm -rf .env.discarded
+        [ ! -e .env ] || mv .env .env.discarded
+        rm -rf .env.discarded
+        "$python" -m venv .env || fail "$python -m venv failed; on Debian and Ubuntu install python3-venv"
     fi
     say "installing packages (the largest is PyTorch; a first time can take several minutes, log: $log)"
     pip_install -c constraints.txt -r requirements.txt
@@ -116,7 +119,10 @@ if ! is_current; then
     # One set-up at a time; the lock belongs to this open file, so it ends with the process, however that ends.
     exec 9<setup.sh
     python=$(pick_python)
-    "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null || {
+        say "waiting for another set-up of this folder"
+        "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    }
     is_current || make_environment
 fi
 $environment_only || pull_feature_model
