@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Neuron(NamedTuple):
         return f"{self.layer_label}:{self.index}"
 
 
+@functools.lru_cache(maxsize=65536)
 def parse_label(layer_label: str) -> tuple[int, int | None]:
     """(layer, head) of a component label; head is None for an MLP."""
     match = _LABEL.match(layer_label)

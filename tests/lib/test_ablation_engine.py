@@ -1,0 +1,108 @@
+"""The engine's answers equal those of a naive loop of full forwards with plain hooks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.ablation_engine import AblationEngine
+from lib.cli import UserError
+from lib.interventions import DecodeScope, Intervention, build_table
+from lib.neurons import Neuron
+from tests.models import FAMILIES, tiny_model
+from tests.naive_ablation import naive_answer
+
+PROMPTS = ["1+2=", "10+20=", "7*8=", "123-4=", "9/3=", "a, b", "5", "2+3=5; 4+4="]
+REFERENCES = ["3+4=", "11-5=", "6*7=", "100+1=", "8/2=", "c"]
+
+
+def make_engine(lm, intervention, *, decode_only=True, scope=DecodeScope.ANSWER, max_new_tokens=4, memory_mb=64, seed=0):
+    table = build_table(lm, intervention, REFERENCES, max_new_tokens=max_new_tokens, prompts=PROMPTS, seed=seed)
+    return AblationEngine(lm, PROMPTS, table, max_new_tokens=max_new_tokens, decode_only=decode_only, decode_scope=scope,
+                          memory_mb=memory_mb)
+
+
+def random_groups(lm, seed, n_groups, *, with_heads=True):
+    generator = np.random.default_rng(seed)
+    groups = []
+    for _ in range(n_groups):
+        size = int(generator.choice([1, 1, 2, 6, 20]))
+        layers = generator.choice(lm.n_layers, size=1 if generator.random() < 0.5 else lm.n_layers)
+        group = set()
+        for _ in range(size):
+            layer = int(generator.choice(layers))
+            head = int(generator.integers(lm.n_heads)) if with_heads and generator.random() < 0.3 else None
+            label = f"m{layer}" if head is None else f"a{layer}.h{head}"
+            group.add(Neuron(label, int(generator.integers(lm.d_model))))
+        groups.append(sorted(group, key=lambda neuron: neuron.sort_key))
+    return groups
+
+
+def assert_equal_to_naive(lm, engine, groups, datapoints, *, decode_only, scope, max_new_tokens=4):
+    result = engine.answers(groups, datapoints)
+    n_changed = 0
+    for g, group in enumerate(groups):
+        for column, datapoint in enumerate(datapoints):
+            expected = naive_answer(lm, PROMPTS[datapoint], datapoint, group, engine.table, max_new_tokens=max_new_tokens,
+                                    decode_only=decode_only, scope=scope)
+            actual = result.texts.get((g, column), engine.baseline_answers[datapoint])
+            assert actual == expected, (group, PROMPTS[datapoint])
+            assert result.changed[g, column] == ((g, column) in result.texts)
+            n_changed += expected != engine.baseline_answers[datapoint]
+    return n_changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("intervention", list(Intervention))
+@pytest.mark.parametrize("mode", ["answer", "generated", "whole"])
+def test_answers_equal_naive_hooks(family, intervention, mode):
+    decode_only = mode != "whole"
+    scope = DecodeScope.GENERATED if mode == "generated" else DecodeScope.ANSWER
+    lm = tiny_model(family, seed=3)
+    engine = make_engine(lm, intervention, decode_only=decode_only, scope=scope)
+    groups = random_groups(lm, seed=len(mode), n_groups=5)
+    n_changed = assert_equal_to_naive(lm, engine, groups, range(len(PROMPTS)), decode_only=decode_only, scope=scope)
+    # A test in which nothing changes would prove little.
+    assert n_changed > 0 or mode == "generated"
+
+
+@settings(max_examples=12, deadline=None)
+@given(family=st.sampled_from(FAMILIES), seed=st.integers(0, 10_000), intervention=st.sampled_from(list(Intervention)),
+       mode=st.sampled_from(["answer", "generated", "whole"]), with_bos=st.booleans())
+def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos):
+    decode_only = mode != "whole"
+    scope = DecodeScope.GENERATED if mode == "generated" else DecodeScope.ANSWER
+    lm = tiny_model(family, seed=seed, with_bos=with_bos)
+    engine = make_engine(lm, intervention, decode_only=decode_only, scope=scope)
+    groups = random_groups(lm, seed=seed, n_groups=3)
+    generator = np.random.default_rng(seed)
+    datapoints = generator.choice(len(PROMPTS), size=4, replace=False).tolist()
+    assert_equal_to_naive(lm, engine, groups, datapoints, decode_only=decode_only, scope=scope)
+
+
+def test_small_memory_and_order_do_not_change_answers():
+    lm = tiny_model("llama", seed=5)
+    groups = random_groups(lm, seed=1, n_groups=12)
+    wide = make_engine(lm, Intervention.MEAN_POSITIONAL).answers(groups, range(8))
+    narrow = make_engine(lm, Intervention.MEAN_POSITIONAL)
+    narrow.memory_bytes = 20_000
+    narrow._blocks = narrow._make_blocks()
+    narrow._block_of = {d: (n, p) for n, block in enumerate(narrow._blocks) for p, d in enumerate(block)}
+    assert len(narrow._blocks) > 1
+    backwards = narrow.answers(groups[::-1], list(range(8))[::-1])
+    assert (backwards.changed[::-1, ::-1] == wide.changed).all()
+    assert {(11 - g, 7 - d): text for (g, d), text in backwards.texts.items()} == wide.texts
+
+
+def test_empty_group_changes_nothing():
+    lm = tiny_model("gpt2", seed=2)
+    result = make_engine(lm, Intervention.ZERO).answers([[], [Neuron("m0", 1)]], range(8))
+    assert not result.changed[0].any()
+
+
+def test_neurons_the_model_does_not_have_are_refused():
+    engine = make_engine(tiny_model("llama"), Intervention.ZERO)
+    with pytest.raises(UserError, match="m9:1 is not part of"):
+        engine.answers([[Neuron("m9", 1)]], [0])
