@@ -8,7 +8,6 @@ command continues an interrupted run. A stage that fails stops the pipeline with
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import signal
@@ -16,11 +15,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from lib.cli import DEFAULT_MODEL, Report, UserError, build_parser, positive_int, stage_main
-from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices
+from lib.cli import DEFAULT_MODEL, Report, positive_int, stage_main
+from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module
 from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunPaths
+from lib.task_spec import add_task_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INTERVENTIONS = ("zero", "mean", "mean-positional", "mean-donor", "mean-donor-positional", "resample")
@@ -32,11 +33,11 @@ BUILT_IN_EXAMPLE = ("arithmetic", DEFAULT_MODEL, "--max_operand", "17", "--few_s
                     "--decode_only", "--mlp_neurons_only", "--max_number_of_circuits_to_analyze", "1")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options; the defaults are those of the experiments, not of the built-in example."""
+def add_arguments(parser: argparse.ArgumentParser, experiment: str) -> None:
+    """All options, those of the task included; the defaults are those of the experiments, not of the example."""
     parser.prog = "bash _run_pipeline.sh"
-    parser.add_argument("experiment", nargs="?", help="task, e.g. arithmetic (module lib.tasks.<task>_task)")
-    parser.add_argument("model", nargs="?", help="hub id (with @step<N> for a revision), local folder, .gguf file, or "
+    parser.add_argument("experiment", help=f"task: {', '.join(_tasks())}")
+    parser.add_argument("model", help="hub id (with @step<N> for a revision), local folder, .gguf file, or "
                         f"{DEFAULT_MODEL}, which is packaged")
     _add_search_arguments(parser.add_argument_group("search"))
     _add_data_arguments(parser.add_argument_group("data and features"))
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_root", default=None, help="folder of results (default: data in the repository)")
     group.add_argument("--cache_root", default=None, help="folder of caches (default: cache in the repository)")
     group.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    add_task_settings(parser, ["--task_module", task_module(experiment)])
 
 
 def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
@@ -81,11 +83,6 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min_rule_dataset_coverage", type=float,
                        default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")),
                        help="smallest share of the rows that a reported rule covers")
-    group.add_argument("--max_operand", type=int, default=None, help="largest operand (arithmetic)")
-    group.add_argument("--operators", default=None, help="operators to use, e.g. '+-' (arithmetic)")
-    group.add_argument("--few_shot", type=int, default=None, help="worked examples before each prompt (arithmetic)")
-    group.add_argument("--limit", type=positive_int, default=None, help="use at most this many prompts")
-    group.add_argument("--max_new_tokens", type=positive_int, default=None, help="longest answer in tokens")
 
 
 def _rate(text: str) -> str:
@@ -119,18 +116,7 @@ def run(args: argparse.Namespace, report: Report) -> int:
 
 
 def resolve(args: argparse.Namespace) -> RunPaths:
-    """Check the choices and find the run's folders; local paths are those of the caller's working folder.
-
-    Raises:
-        UserError: a task without a model, an unknown task, or contradicting choices.
-    """
-    if args.model is None:
-        raise UserError(f"a task needs a model: bash _run_pipeline.sh {args.experiment} <model>, "
-                        f"for example {DEFAULT_MODEL}")
-    if not args.experiment.isidentifier() or importlib.util.find_spec(f"lib.tasks.{args.experiment}_task") is None:
-        tasks = sorted(path.stem.removesuffix("_task") for path in (REPOSITORY / "lib/tasks").glob("*_task.py"))
-        raise UserError(f"unknown task {args.experiment!r}: there is no lib/tasks/{args.experiment}_task.py; "
-                        f"tasks: {', '.join(tasks)}")
+    """Find the run's folders; local paths on the command line are those of the caller's working folder."""
     if Path(args.model).expanduser().exists():
         args.model = str(_within_repository(args.model))
     if args.ai_model_cache_dir:
@@ -173,14 +159,16 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-_main = stage_main(add_arguments, run, description=__doc__)
+def _tasks() -> list[str]:
+    return sorted(path.stem.removesuffix("_task") for path in (REPOSITORY / "lib/tasks").glob("*_task.py"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`_main`, with the built-in example put before the options when no task is named (so that options win)."""
+    """Run the command line; without a task in front, the built-in example with the options given (which win)."""
     argv = sys.argv[1:] if argv is None else argv
-    named = build_parser(add_arguments, __doc__).parse_args(argv).experiment is not None
-    return _main(argv if named else [*BUILT_IN_EXAMPLE, *argv])
+    if not argv or argv[0].startswith("-"):
+        argv = [*BUILT_IN_EXAMPLE, *argv]
+    return stage_main(partial(add_arguments, experiment=argv[0]), run, description=__doc__)(argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from lib.run_names import REGIMES, RunChoices, RunPaths
+from lib.task_spec import resolve_task_spec
 
 METHOD = "EAP-IG-inputs"
 POINTS_PER_CIRCUIT = 128
@@ -49,7 +50,7 @@ class PipelinePlan:
 
     def _common(self) -> list[str]:
         args = self.args
-        flags = ["--task_module", f"lib.tasks.{args.experiment}_task", "--seed", str(args.seed)]
+        flags = ["--task_module", task_module(args.experiment), "--seed", str(args.seed)]
         return flags + ["--force"] * args.force + ["--quiet"] * args.quiet
 
     def _model(self, *, batch: bool = True) -> list[str]:
@@ -73,14 +74,20 @@ class PipelinePlan:
     # ------------------------------------------------------------ the stages
 
     def _answers(self) -> StageCall:
-        task_flags: list[str] = []
-        for name in ("max_operand", "operators", "few_shot", "limit", "max_new_tokens"):
-            value = getattr(self.args, name)
-            if value is not None:
-                task_flags += [f"--{name}", str(value)]
         return StageCall(1, "prompts and answers", "1_generate_prompts_and_answers.py", [
             *self._model(), *self._common(), "--prompts_answers_pkl_file", str(self.paths.answers),
-            "--stats_json_out", str(self.paths.features_dir), *task_flags])
+            "--stats_json_out", str(self.paths.features_dir), *self._task_settings()])
+
+    def _task_settings(self) -> list[str]:
+        """Flags of the task's settings that are not at their default; only stage 1 needs them, it records them."""
+        settings = resolve_task_spec(task_module(self.args.experiment)).Settings
+        defaults, flags = settings().to_json(), []
+        for name, value in settings.from_arguments(self.args).to_json().items():
+            if isinstance(value, bool) and value != defaults[name]:
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            elif value != defaults[name]:
+                flags += [f"--{name}", str(value)]
+        return flags
 
     def _features(self) -> StageCall:
         args = self.args
@@ -167,6 +174,11 @@ class PipelinePlan:
             *self._mean_points(), "--intervention", args.eval_intervention, "--extract_rules",
             "--only_unique_datapoints_in_shap", *["--decode_only"] * args.decode_only, "--summarize_rule_metrics",
             "--min_rule_dataset_coverage", str(args.min_rule_dataset_coverage)])
+
+
+def task_module(experiment: str) -> str:
+    """Module of a task, from its short name."""
+    return f"lib.tasks.{experiment}_task"
 
 
 def run_choices(args: argparse.Namespace) -> RunChoices:
