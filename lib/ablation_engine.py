@@ -26,12 +26,11 @@ from lib.engine_forward import (
     leaving_stage,
     shared_attention,
 )
+from lib.engine_logits import Rivals, find_rivals, next_tokens, next_tokens_near
 from lib.engine_state import BaselineState, Window, block_input, combine_layer, compute_baseline
 from lib.interventions import DecodeScope, ReplacementTable
-from lib.modeling_and_ablation import LanguageModel
+from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
-
-_LOGIT_ROWS = 2048
 
 
 @dataclass
@@ -72,13 +71,17 @@ class AblationEngine:
 
     lm: the model. prompts: all datapoints; calls name them by number. table: replacement values. decode_only: leave
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
+    is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
+    compared.
     memory_mb: working memory for passes and, again as much, for baseline states.
     """
 
     def __init__(self, lm: LanguageModel, prompts: Sequence[str], table: ReplacementTable, *, max_new_tokens: int,
-                 decode_only: bool = True, decode_scope: DecodeScope = DecodeScope.ANSWER, memory_mb: int = 700,
-                 batch_size: int = 64, report: Report | None = None) -> None:
+                 decode_only: bool = True, decode_scope: DecodeScope = DecodeScope.ANSWER,
+                 is_complete: Callable[[str], bool] | None = None, memory_mb: int = 700, batch_size: int = 64,
+                 report: Report | None = None) -> None:
         self.lm = lm
+        self.is_complete = is_complete
         self.table = table
         self.max_new_tokens = max_new_tokens
         self.memory_bytes = memory_mb * 2**20
@@ -86,11 +89,12 @@ class AblationEngine:
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
         baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self.baseline_answers = [generation.answer for generation in baseline]
-        self._windows = [_window(ids, generation.ids, _stop_token(generation.stopped, lm), decode_only, decode_scope)
+        self._windows = [_window(ids, self._answer_tokens(generation), decode_only, decode_scope)
                          for ids, generation in zip(prompt_ids, baseline, strict=True)]
         self._blocks = self._make_blocks()
         self._block_of = {d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)}
         self._states: dict[int, BaselineState] = {}
+        self._rivals_of: dict[int, Rivals] = {}
         self._known: set[Neuron] = set()
 
     # ------------------------------------------------------------ public
@@ -124,6 +128,12 @@ class AblationEngine:
         return AblatedAnswers(changed, dict(sorted(texts.items())))
 
     # ------------------------------------------------------------ preparation
+
+    def _answer_tokens(self, generation: Generation) -> tuple[int, ...]:
+        """The baseline's answer tokens that matter, with the stop token if there was one."""
+        tokens = (*generation.ids, min(self.lm.stop_token_ids)) if generation.stopped else generation.ids
+        finished = (length for length in range(1, len(tokens) + 1) if self._is_finished(tokens[:length]))
+        return tokens[:next(finished, len(tokens))]
 
     def _check(self, groups: Sequence[Sequence[Neuron]]) -> None:
         unseen = {neuron for group in groups for neuron in group} - self._known
@@ -256,60 +266,54 @@ class AblationEngine:
         """
         n_datapoints = len(members)
         windows = [self._windows[d] for d in members]
-        place, expected, token_number = self._prediction_places(windows)
-        n_rows = hidden.shape[0]
-        per_row = [len(place[d]) for d in range(n_datapoints)]
-        rows = torch.arange(n_rows, device=hidden.device)
-        counts = torch.tensor(per_row, device=hidden.device).repeat(n_rows // n_datapoints)
-        flat_rows = rows.repeat_interleave(counts)
-        flat_places = torch.cat([torch.tensor(p, dtype=torch.long) for p in place]).to(hidden.device).repeat(n_rows // n_datapoints)
-        flat_expected = torch.cat([torch.tensor(e, dtype=torch.long) for e in expected]).to(hidden.device).repeat(
-            n_rows // n_datapoints)
-        predicted = self._predict(hidden, flat_rows, flat_places)
-        differing = torch.nonzero(predicted != flat_expected).flatten().tolist()
-        offsets = np.concatenate([[0], np.cumsum(per_row)])
-        per_group = int(offsets[-1])
+        places = [(row, window.first_prediction + number - window.first_token, number)
+                  for row, window in enumerate(windows) for number in range(window.first_token, len(window.answer))]
+        if not places:
+            return {}, {}
+        rows, positions, _ = (torch.tensor(column, device=hidden.device) for column in zip(*places, strict=True))
+        by_group = hidden.view(-1, n_datapoints, *hidden.shape[1:])[:, rows, positions]
+        predicted = self._as_one_stop(next_tokens_near(self.lm, self._rivals(state, members, rows, positions), by_group))
+        expected = torch.tensor([windows[row].answer[number] for row, _, number in places], device=hidden.device)
         finished: dict[int, list[int]] = {}
         open_rows: dict[int, tuple[int, int]] = {}
-        predicted_tokens = predicted.tolist() if differing else []
-        flat_row_list = flat_rows.tolist() if differing else []
-        for flat in differing:
-            row = flat_row_list[flat]
+        for group, place in torch.nonzero(predicted != expected[None]).tolist():
+            datapoint, _, kept = places[place]
+            row = group * n_datapoints + datapoint
             if row in finished or row in open_rows:
                 continue
-            datapoint = row % n_datapoints
-            kept = token_number[datapoint][flat % per_group - int(offsets[datapoint])]
-            token = predicted_tokens[flat]
-            answer = windows[datapoint].answer
-            if token in self.lm.stop_token_ids:
-                finished[row] = list(answer[:kept])
-            elif kept + 1 >= self.max_new_tokens:
-                finished[row] = [*answer[:kept], token]
+            token = int(predicted[group, place])
+            ids = [*windows[datapoint].answer[:kept], token]
+            if self._is_finished(ids):
+                finished[row] = self._without_stop(ids)
             else:
                 open_rows[row] = (kept, token)
         return finished, open_rows
 
-    @staticmethod
-    def _prediction_places(windows: list[Window]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-        """Per datapoint: window positions that decide answer tokens, the baseline's tokens there, and their numbers."""
-        places, expected, numbers = [], [], []
-        for window in windows:
-            tokens = range(window.first_token, len(window.answer))
-            places.append([window.first_prediction + number - window.first_token for number in tokens])
-            expected.append([window.answer[number] for number in tokens])
-            numbers.append(list(tokens))
-        return places, expected, numbers
+    def _rivals(self, state: BaselineState, members: list[int], rows: torch.Tensor, positions: torch.Tensor) -> Rivals:
+        """Rivals of the baseline's tokens at these places; kept per datapoint, as every call asks for them again."""
+        missing = [row for row, datapoint in enumerate(members) if datapoint not in self._rivals_of]
+        if missing:
+            wanted = torch.isin(rows, torch.tensor(missing, device=rows.device))
+            found = find_rivals(self.lm, state.final[rows[wanted], positions[wanted]])
+            owners = rows[wanted]
+            for row in missing:
+                self._rivals_of[members[row]] = found.select(torch.nonzero(owners == row).flatten())
+        parts = [self._rivals_of[datapoint] for datapoint in members]
+        return Rivals(*(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens")))
 
-    def _predict(self, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The most likely next token at (row, position) pairs, [pair]."""
-        predicted = torch.empty(len(rows), dtype=torch.long, device=hidden.device)
-        for start in range(0, len(rows), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
-            normed = self.lm.final_norm(hidden[rows[part], places[part]])
-            predicted[part] = self.lm.lm_head(normed).argmax(-1)
-        # All stop tokens mean the same: the answer ends here.
-        stops = torch.tensor(sorted(self.lm.stop_token_ids), device=hidden.device)
-        return torch.where(torch.isin(predicted, stops), stops[:1], predicted) if len(stops) else predicted
+    def _as_one_stop(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All stop tokens mean the same, the answer ends: the lowest stands for all."""
+        stops = torch.tensor(sorted(self.lm.stop_token_ids), device=tokens.device)
+        return torch.where(torch.isin(tokens, stops), stops[:1], tokens) if len(stops) else tokens
+
+    def _is_finished(self, ids: Sequence[int]) -> bool:
+        """True if nothing after these answer tokens matters."""
+        if ids[-1] in self.lm.stop_token_ids or len(ids) >= self.max_new_tokens:
+            return True
+        return self.is_complete is not None and self.is_complete(self.lm.decode(ids))
+
+    def _without_stop(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token not in self.lm.stop_token_ids]
 
     # ------------------------------------------------------------ decoding rows that left the baseline
 
@@ -342,21 +346,17 @@ class AblationEngine:
             own.slots = slots[alive]
             token = torch.tensor([[ids[i][-1]] for i in alive.tolist()], device=device)
             positions = state.prefix_length[place[alive]][:, None] + own.slots[:, None]
-            next_tokens = self._decode_step(prefix, own, token, positions, editor, groups[alive], datapoints[place[alive]])
-            keep = []
-            for index, (i, new) in enumerate(zip(alive.tolist(), next_tokens.tolist(), strict=True)):
-                if new in self.lm.stop_token_ids:
-                    continue
-                ids[i].append(new)
-                if len(ids[i]) < self.max_new_tokens:
-                    keep.append(index)
-            if len(keep) < len(alive):
-                kept = torch.tensor(keep, dtype=torch.long, device=device)
-                own = WindowCache([k[kept] for k in own.keys], [v[kept] for v in own.values])
-                prefix = prefix.select(kept) if len(keep) else prefix
-                alive = alive[kept]
+            new = self._decode_step(prefix, own, token, positions, editor, groups[alive], datapoints[place[alive]])
+            for i, next_token in zip(alive.tolist(), new.tolist(), strict=True):
+                ids[i].append(next_token)
+            kept = [index for index, i in enumerate(alive.tolist()) if not self._is_finished(ids[i])]
+            if len(kept) < len(alive):
+                keep = torch.tensor(kept, dtype=torch.long, device=device)
+                own = WindowCache([k[keep] for k in own.keys], [v[keep] for v in own.values])
+                prefix = prefix.select(keep)
+                alive = alive[keep]
             slots = slots + 1
-        return {row: answer for row, answer in zip(rows, ids, strict=True)}
+        return {row: self._without_stop(answer) for row, answer in zip(rows, ids, strict=True)}
 
     def _own_cache(self, chunk: _Chunk, state: BaselineState, cache: WindowCache, rows: torch.Tensor,
                    place: torch.Tensor) -> WindowCache:
@@ -389,20 +389,14 @@ class AblationEngine:
             for layer in range(self.lm.n_layers):
                 with editor.active(layer, groups, positions, datapoints):
                     hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, own)
-        everything = torch.arange(hidden.shape[0], device=hidden.device)
-        return self._predict(hidden, everything, torch.zeros_like(everything))
+        return next_tokens(self.lm, hidden[:, 0])
 
 
-def _stop_token(stopped: bool, lm: LanguageModel) -> tuple[int, ...]:
-    return (min(lm.stop_token_ids),) if stopped else ()
-
-
-def _window(prompt: list[int], answer: tuple[int, ...], stop: tuple[int, ...], decode_only: bool, scope: DecodeScope) -> Window:
+def _window(prompt: list[int], answer: tuple[int, ...], decode_only: bool, scope: DecodeScope) -> Window:
     """Split a datapoint's tokens where the intervention begins."""
-    full = (*answer, *stop)
-    fed = full[:-1]
+    fed = answer[:-1]
     if not decode_only:
-        return Window((), (*prompt, *fed), len(prompt) - 1, 0, full)
+        return Window((), (*prompt, *fed), len(prompt) - 1, 0, answer)
     if scope is DecodeScope.ANSWER:
-        return Window(tuple(prompt[:-1]), (prompt[-1], *fed), 0, 0, full)
-    return Window(tuple(prompt), fed, 0, 1, full)
+        return Window(tuple(prompt[:-1]), (prompt[-1], *fed), 0, 0, answer)
+    return Window(tuple(prompt), fed, 0, 1, answer)
