@@ -1,0 +1,157 @@
+"""From a ranked table and a target to the best rule of every size: trees, SHAP, candidates, screening, search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lib.cli import derived_seed, rng
+from lib.data_model_for_shap import ShapStatistics, TreeSettings, fit_trees, shap_values, tree_nodes
+from lib.rule_atoms import Literal, RankedTable, RuleSet
+from lib.rule_candidates import (
+    CandidateTable,
+    l1_coefficients,
+    pair_conjunctions,
+    path_conjunctions,
+    scored_candidates,
+)
+from lib.rule_masks import TargetRows
+from lib.rule_search import RulePath, RuleSearch, SearchLimits
+from lib.rule_selection import SizeChoice, choose_size, out_of_fold, stratified_folds
+
+
+@dataclass(frozen=True)
+class InductionSettings:
+    """Everything that shapes an induction but the data and the seed."""
+
+    limits: SearchLimits = field(default_factory=SearchLimits)
+    trees: TreeSettings = field(default_factory=TreeSettings)
+    use_shap_in_xgb: bool = True
+    use_shap_in_lasso: bool = True
+    unique_rows_in_shap: bool = False
+    fast_shap: bool = False
+    shap_rows: int = 2000
+    min_coverage: float = 0.002
+    n_candidates: int = 1000
+    n_screened: int = 200
+    n_pool: int = 80
+    screen_rows: int = 5000
+
+    @property
+    def needs_shap(self) -> bool:
+        """Whether SHAP values have any use."""
+        return self.use_shap_in_xgb or self.use_shap_in_lasso
+
+
+@dataclass(frozen=True)
+class Induction:
+    """What was found: the best rule per cost, all candidates, and the SHAP statistics if they were asked for."""
+
+    path: RulePath
+    candidates: CandidateTable
+    shap: ShapStatistics | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows to learn from. y: what the trees fit, [row]; target: the yes/no event that rules are scored on."""
+
+    table: RankedTable
+    y: np.ndarray
+    target: TargetRows
+    logistic: bool = True
+
+    def rows(self, index: np.ndarray) -> Sample:
+        """Some of the rows."""
+        weight = None if self.target.weight is None else self.target.weight[index]
+        return Sample(self.table.rows(index), self.y[index], TargetRows(self.target.positive[index], weight), self.logistic)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether there is nothing to tell apart."""
+        return not 0 < self.target.total_positive < self.target.total
+
+
+def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
+    """Grow trees, weigh features, gather candidates, search. Deterministic for a seed."""
+    if sample.is_constant or all(len(values) < 2 for values in sample.table.values):
+        return Induction(RulePath(), CandidateTable([], *(np.zeros(0) for _ in range(5))), None)
+    booster = _trees(sample, settings, derived_seed(seed, "trees"), None)
+    boosters, shap = [booster], None
+    if settings.needs_shap:
+        shap = ShapStatistics.of(explain(booster, sample, settings, seed))
+    if settings.use_shap_in_xgb:
+        boosters.insert(0, _trees(sample, settings, derived_seed(seed, "biased trees"), shap.weights))
+    conjunctions = path_conjunctions([tree for model in boosters for tree in tree_nodes(model)],
+                                     settings.limits.max_conditions)
+    if settings.limits.max_conditions > 1:
+        for atoms in pair_conjunctions(sample.table, sample.target, n_cuts=3, n_best=20):
+            conjunctions.setdefault(atoms, (0.0, 0.0))
+    candidates = scored_candidates(conjunctions, sample.table, sample.target, limit=settings.n_candidates,
+                                   min_rows=max(2.0, settings.min_coverage * sample.target.total))
+    coefficient = l1_coefficients(candidates, sample.table, sample.target, n_best=settings.n_screened,
+                                  max_rows=settings.screen_rows,
+                                  weights=shap.weights if shap is not None and settings.use_shap_in_lasso else None)
+    candidates = CandidateTable(candidates.literals, candidates.n_true, candidates.n_fire, candidates.gain_sum,
+                                candidates.gain_max, coefficient)
+    search = RuleSearch(sample.table, sample.target, settings.limits)
+    return Induction(search.path(_pool(candidates, settings)), candidates, shap)
+
+
+def _trees(sample: Sample, settings: InductionSettings, seed: int, importance: np.ndarray | None) -> object:
+    return fit_trees(sample.table, sample.y, settings.trees, seed, weight=sample.target.weight, importance=importance,
+                     logistic=sample.logistic)
+
+
+def explain(booster: object, sample: Sample, settings: InductionSettings, seed: int) -> np.ndarray:
+    """SHAP values [row, feature] of up to `shap_rows` rows, drawn at random (distinct ones, if asked)."""
+    index = np.arange(sample.table.n_rows)
+    if settings.unique_rows_in_shap:
+        rows = np.vstack([sample.table.ranks, sample.target.positive])
+        index = np.sort(np.unique(rows, axis=1, return_index=True)[1])
+    if len(index) > settings.shap_rows:
+        index = np.sort(rng(seed, "shap rows").choice(index, settings.shap_rows, replace=False))
+    return shap_values(booster, sample.table.rows(index), settings.trees.n_jobs, approximate=settings.fast_shap)
+
+
+def _pool(candidates: CandidateTable, settings: InductionSettings) -> list[Literal]:
+    """Literals the search may combine: the best by themselves, of each length, and those the L1 step kept."""
+    chosen: dict[int, None] = {}
+    lengths = np.array([literal.cost for literal in candidates.literals])
+    for cost in np.unique(lengths):
+        chosen.update(dict.fromkeys(np.flatnonzero(lengths == cost)[:settings.n_pool // 4].tolist()))
+    by_coefficient = np.argsort(-candidates.coefficient, kind="stable")
+    kept = [int(i) for i in by_coefficient if candidates.coefficient[i] > 0][:settings.n_pool]
+    chosen.update(dict.fromkeys(kept))
+    return [candidates.literals[i] for i in sorted(chosen)]
+
+
+def validate(sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, alpha: float) -> SizeChoice | None:
+    """Inner cross-validation of the whole induction; None if a class has too few rows to be split."""
+    smallest = int(min(np.count_nonzero(sample.target.positive), np.count_nonzero(~sample.target.positive)))
+    if smallest < 2:
+        return None
+    folds = stratified_folds(sample.target.positive, min(n_splits, smallest), rng(seed, "folds"))
+    max_cost = settings.limits.max_cost
+
+    def fit_path(rows: np.ndarray) -> list[RuleSet]:
+        found = induce(sample.rows(rows), settings, derived_seed(seed, "inner fold"))
+        return [literals for _, literals in found.path.monotone(max_cost)]
+
+    predictions = out_of_fold(fit_path, lambda literals, rows: sample.table.rows(rows).rule_mask(literals), folds,
+                              max_cost + 1)
+    return choose_size(predictions, sample.target.positive, alpha=alpha, weight=sample.target.weight)
+
+
+def stratified_rows(positive: np.ndarray, n_rows: int, seed: int) -> np.ndarray:
+    """Up to `n_rows` row numbers, each class in proportion, in order."""
+    if len(positive) <= n_rows:
+        return np.arange(len(positive))
+    draws = rng(seed, "rows")
+    chosen = []
+    for label in (False, True):
+        rows = np.flatnonzero(positive == label)
+        share = max(min(len(rows), 1), round(n_rows * len(rows) / len(positive)))
+        chosen.append(draws.choice(rows, share, replace=False))
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,236 @@
+"""The best small disjunction for every size: beam search over candidates, then exchange and threshold line searches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lib.rule_atoms import Atom, Literal, RankedTable, RuleSet, merged_atoms, quantile_cuts, rule_cost
+from lib.rule_masks import TargetRows, unpack
+
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """How large rules may be and how hard to look."""
+
+    max_conditions: int = 3
+    max_literals: int = 3
+    beam_width: int = 12
+    bank_cuts: int = 15
+    max_polished: int = 40
+
+    @property
+    def max_cost(self) -> int:
+        """Largest number of conditions and negations of a rule."""
+        return self.max_conditions * self.max_literals
+
+
+@dataclass
+class RulePath:
+    """The best rule found for each cost: [cost] -> (score, literals). Cost 0 is the empty rule, score 0."""
+
+    best: dict[int, tuple[float, RuleSet]] = field(default_factory=lambda: {0: (0.0, ())})
+
+    def offer(self, score: float, literals: RuleSet) -> bool:
+        """Keep the rule if it beats the best of its cost; of equals, fewer literals, then the first in atom order."""
+        cost = rule_cost(literals)
+        held = self.best.get(cost)
+        if held is not None and score < held[0] + _EPSILON and (
+                score < held[0] - _EPSILON or _order_key(literals) >= _order_key(held[1])):
+            return False
+        self.best[cost] = (score, literals)
+        return True
+
+    def monotone(self, max_cost: int) -> list[tuple[float, RuleSet]]:
+        """Best rule of at most each cost, 0..max_cost; a longer one must be strictly better."""
+        path = [self.best[0]]
+        for cost in range(1, max_cost + 1):
+            held = self.best.get(cost)
+            path.append(held if held is not None and held[0] > path[-1][0] + _EPSILON else path[-1])
+        return path
+
+
+def _order_key(literals: RuleSet) -> tuple:
+    return (len(literals), len({atom.feature for literal in literals for atom in literal.atoms}), literals)
+
+
+class RuleSearch:
+    """Search on one table and target."""
+
+    def __init__(self, table: RankedTable, target: TargetRows, limits: SearchLimits) -> None:
+        self.table, self.target, self.limits = table, target, limits
+        self.atoms = [Atom(feature, above, int(cut)) for feature in range(table.n_features)
+                      for cut in quantile_cuts(table.ranks[feature], limits.bank_cuts) for above in (False, True)]
+        self.bank = np.stack([table.bits(atom) for atom in self.atoms]) if self.atoms else None
+
+    def bits(self, literal: Literal) -> np.ndarray:
+        """Rows of a literal, packed [word]."""
+        return self.table.literal_bits(literal, self.target.all_bits)
+
+    def union(self, literals: RuleSet) -> np.ndarray:
+        """Rows of a disjunction, packed [word]."""
+        return np.bitwise_or.reduce([self.bits(literal) for literal in literals], axis=0) if literals \
+            else np.zeros_like(self.target.all_bits)
+
+    def score(self, literals: RuleSet) -> float:
+        """MCC of a disjunction."""
+        return float(self.target.mcc(*self.target.counts(self.union(literals))))
+
+    def path(self, pool: list[Literal]) -> RulePath:
+        """The best rule for each cost."""
+        path = RulePath()
+        self._beam(path, pool)
+        self._polish_all(path)
+        return path
+
+    # ------------------------------------------------------------ beam
+
+    def _beam(self, path: RulePath, pool: list[Literal]) -> None:
+        """Grow disjunctions literal by literal, keeping the `beam_width` best of each number of literals."""
+        if not pool:
+            return
+        bits = np.stack([self.bits(literal) for literal in pool])
+        costs = np.array([literal.cost for literal in pool])
+        states: list[tuple[int, ...]] = [()]
+        covered = np.zeros((1, bits.shape[1]), dtype=np.uint64)
+        for _ in range(self.limits.max_literals):
+            unions = covered[:, None, :] | bits[None, :, :]
+            scores = self.target.mcc(*self.target.counts(unions))
+            self._offer_best(path, states, scores, costs, pool)
+            grown: dict[tuple[int, ...], tuple[int, int]] = {}
+            # An even mix of few and many conditions: a beam of long literals alone would crowd out short rules.
+            for flat in np.argsort(-(scores - 0.002 * costs), axis=None, kind="stable"):
+                state, literal = divmod(int(flat), len(pool))
+                if literal in states[state]:
+                    continue
+                grown.setdefault(tuple(sorted((*states[state], literal))), (state, literal))
+                if len(grown) >= self.limits.beam_width:
+                    break
+            states = list(grown)
+            covered = np.stack([unions[position] for position in grown.values()]) if grown else covered[:0]
+            if not states:
+                return
+
+    def _offer_best(self, path: RulePath, states: list[tuple[int, ...]], scores: np.ndarray, costs: np.ndarray,
+                    pool: list[Literal]) -> None:
+        for state, held in enumerate(states):
+            for cost in np.unique(costs):
+                members = np.flatnonzero(costs == cost)
+                best = int(members[np.argmax(scores[state, members])])
+                if best not in held:
+                    path.offer(float(scores[state, best]), tuple(sorted(pool[i] for i in (*held, best))))
+
+    # ------------------------------------------------------------ exchange and line search
+
+    def _polish_all(self, path: RulePath) -> None:
+        """Improve every rule of the path by single changes until none helps; improvements may fall on other sizes."""
+        done: set[RuleSet] = set()
+        for _ in range(self.limits.max_polished):
+            waiting = [cost for cost in sorted(path.best) if cost and path.best[cost][1] not in done]
+            # What a smaller rule does as well needs no polish.
+            floors = dict(enumerate(score for score, _ in path.monotone(self.limits.max_cost)))
+            waiting = [cost for cost in waiting if path.best[cost][0] > floors[cost - 1] + _EPSILON]
+            if not waiting:
+                return
+            literals = path.best[waiting[0]][1]
+            done.add(literals)
+            self._polish(path, literals)
+
+    def _polish(self, path: RulePath, literals: RuleSet) -> None:
+        """One round of changes to each literal: thresholds, replaced, dropped and added conditions."""
+        for position, literal in enumerate(literals):
+            rest = literals[:position] + literals[position + 1:]
+            if rest:
+                path.offer(self.score(rest), rest)
+            others = self.union(rest)
+            for atom in literal.atoms:
+                kept = tuple(held for held in literal.atoms if held != atom)
+                if kept:
+                    self._offer(path, rest, Literal(kept, literal.negated))
+                self._replace(path, rest, others, kept, literal.negated)
+                self._move_cut(path, rest, others, literal, atom)
+            if len(literal.atoms) < self.limits.max_conditions:
+                self._replace(path, rest, others, literal.atoms, literal.negated)
+
+    def _offer(self, path: RulePath, rest: RuleSet, literal: Literal) -> None:
+        changed = tuple(sorted({*rest, literal}))
+        if rule_cost(changed) <= self.limits.max_cost:
+            path.offer(self.score(changed), changed)
+
+    def _zone(self, others: np.ndarray, kept: tuple[Atom, ...]) -> np.ndarray:
+        """Rows that one more condition decides: the kept conditions hold and no other literal fires, packed."""
+        return self.target.all_bits & ~others & self.bits(Literal(kept))
+
+    def _base(self, others: np.ndarray, negated: bool) -> tuple[np.ndarray, np.ndarray, int]:
+        """(positives, rows) that fire where the condition fails throughout, and the sign with which zone rows count."""
+        base = self.target.all_bits if negated else others
+        n_true, n_fire = self.target.counts(base)
+        return n_true, n_fire, -1 if negated else 1
+
+    def _replace(self, path: RulePath, rest: RuleSet, others: np.ndarray, kept: tuple[Atom, ...], negated: bool) -> None:
+        """Add the best atom of the bank to the kept conditions, then move its cut."""
+        if self.bank is None:
+            return
+        zone = self._zone(others, kept)
+        base_true, base_fire, sign = self._base(others, negated)
+        in_true, in_fire = self.target.counts(self.bank & zone)
+        best = int(np.argmax(self.target.mcc(base_true + sign * in_true, base_fire + sign * in_fire)))
+        atoms = merged_atoms((*kept, self.atoms[best]))
+        if len(atoms) == len(kept) + 1:
+            literal = Literal(atoms, negated)
+            self._offer(path, rest, literal)
+            self._move_cut(path, rest, others, literal, self.atoms[best])
+
+    def _move_cut(self, path: RulePath, rest: RuleSet, others: np.ndarray, literal: Literal, atom: Atom) -> None:
+        """Put the cut of one condition where the score is best, among all seen values."""
+        kept = tuple(held for held in literal.atoms if held != atom)
+        cut = self.best_cut(others, kept, literal.negated, atom)
+        moved = merged_atoms((*kept, atom._replace(cut=cut)))
+        if len(moved) == len(literal.atoms):
+            self._offer(path, rest, Literal(moved, literal.negated))
+
+    def refined(self, literals: RuleSet) -> RuleSet:
+        """The same conditions with every cut moved to its best place, one after the other, until none gains."""
+        score = self.score(literals)
+        improved = True
+        while improved:
+            improved = False
+            for position, literal in enumerate(literals):
+                others = self.union(literals[:position] + literals[position + 1:])
+                for atom in literal.atoms:
+                    kept = tuple(held for held in literal.atoms if held != atom)
+                    cut = self.best_cut(others, kept, literal.negated, atom)
+                    moved = Literal(merged_atoms((*kept, atom._replace(cut=cut))), literal.negated)
+                    changed = (*literals[:position], moved, *literals[position + 1:])
+                    if len(moved.atoms) == len(literal.atoms) and self.score(changed) > score + _EPSILON:
+                        literals, score, improved = changed, self.score(changed), True
+                        break
+        return literals
+
+    def best_cut(self, others: np.ndarray, kept: tuple[Atom, ...], negated: bool, atom: Atom) -> int:
+        """Exact line search over the seen values; of equally good neighbouring cuts, the middle one."""
+        zone = self._zone(others, kept)
+        base_true, base_fire, sign = self._base(others, negated)
+        rows = np.flatnonzero(unpack(zone, self.target.n_rows))
+        n_cuts = len(self.table.values[atom.feature]) - 1
+        ranks = self.table.ranks[atom.feature, rows]
+        weight = None if self.target.weight is None else self.target.weight[rows]
+        positive = self.target.positive[rows] * (1.0 if weight is None else weight)
+        in_fire = np.cumsum(np.bincount(ranks, weight, n_cuts + 1)).astype(float)
+        in_true = np.cumsum(np.bincount(ranks, positive, n_cuts + 1))
+        if atom.above:
+            in_fire, in_true = in_fire[-1] - in_fire, in_true[-1] - in_true
+        scores = self.target.mcc(base_true + sign * in_true[:-1], base_fire + sign * in_fire[:-1])
+        return _middle_of_best(scores)
+
+
+def _middle_of_best(scores: np.ndarray) -> int:
+    """Middle of the longest run of (nearly) best positions; the first such run."""
+    best = scores >= scores.max() - _EPSILON
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], best.astype(np.int8), [0]])))
+    starts, ends = edges[::2], edges[1::2]
+    longest = int(np.argmax(ends - starts))
+    return int((starts[longest] + ends[longest] - 1) // 2)
