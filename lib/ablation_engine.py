@@ -76,10 +76,20 @@ class AblationEngine:
     memory_mb: working memory for passes and, again as much, for baseline states.
     """
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[str], table: ReplacementTable, *, max_new_tokens: int,
-                 decode_only: bool = True, decode_scope: DecodeScope = DecodeScope.ANSWER,
-                 is_complete: Callable[[str], bool] | None = None, memory_mb: int = 700, batch_size: int = 64,
-                 report: Report | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[str],
+        table: ReplacementTable,
+        *,
+        max_new_tokens: int,
+        decode_only: bool = True,
+        decode_scope: DecodeScope = DecodeScope.ANSWER,
+        is_complete: Callable[[str], bool] | None = None,
+        memory_mb: int = 700,
+        batch_size: int = 64,
+        report: Report | None = None,
+    ) -> None:
         self.lm = lm
         self.is_complete = is_complete
         self.table = table
@@ -89,18 +99,26 @@ class AblationEngine:
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
         baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self.baseline_answers = [generation.answer for generation in baseline]
-        self._windows = [_window(ids, self._answer_tokens(generation), decode_only, decode_scope)
-                         for ids, generation in zip(prompt_ids, baseline, strict=True)]
+        self._windows = [
+            _window(ids, self._answer_tokens(generation), decode_only, decode_scope)
+            for ids, generation in zip(prompt_ids, baseline, strict=True)
+        ]
         self._blocks = self._make_blocks()
-        self._block_of = {d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)}
+        self._block_of = {
+            d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)
+        }
         self._states: dict[int, BaselineState] = {}
         self._rivals_of: dict[int, Rivals] = {}
         self._known: set[Neuron] = set()
 
     # ------------------------------------------------------------ public
 
-    def answers(self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int],
-                progress: Callable[[int], None] | None = None) -> AblatedAnswers:
+    def answers(
+        self,
+        groups: Sequence[Sequence[Neuron]],
+        datapoints: Sequence[int],
+        progress: Callable[[int], None] | None = None,
+    ) -> AblatedAnswers:
         """Answers after ablating each group, on each of the datapoints.
 
         progress: called with the number of finished (group, datapoint) pairs of each chunk.
@@ -133,20 +151,24 @@ class AblationEngine:
         """The baseline's answer tokens that matter, with the stop token if there was one."""
         tokens = (*generation.ids, min(self.lm.stop_token_ids)) if generation.stopped else generation.ids
         finished = (length for length in range(1, len(tokens) + 1) if self._is_finished(tokens[:length]))
-        return tokens[:next(finished, len(tokens))]
+        return tokens[: next(finished, len(tokens))]
 
     def _check(self, groups: Sequence[Sequence[Neuron]]) -> None:
         unseen = {neuron for group in groups for neuron in group} - self._known
         for neuron in unseen:
             layer, head = neuron.layer, neuron.head
             if layer >= self.lm.n_layers or neuron.index >= self.lm.d_model or (head or 0) >= self.lm.n_heads:
-                raise UserError(f"neuron {neuron} is not part of {self.lm.name}, which has {self.lm.n_layers} layers, "
-                                f"{self.lm.n_heads} heads and d_model {self.lm.d_model}")
+                raise UserError(
+                    f"neuron {neuron} is not part of {self.lm.name}, which has {self.lm.n_layers} layers, "
+                    f"{self.lm.n_heads} heads and d_model {self.lm.d_model}"
+                )
         self._known |= unseen
 
     def _make_blocks(self) -> list[list[int]]:
         """Datapoints of similar length together, as many as fit into the memory for baseline states."""
-        order = sorted(range(len(self._windows)), key=lambda i: (len(self._windows[i].prefix), len(self._windows[i].tokens), i))
+        order = sorted(
+            range(len(self._windows)), key=lambda i: (len(self._windows[i].prefix), len(self._windows[i].tokens), i)
+        )
         size = self.lm.dtype.itemsize
         parts = 3 if self.lm.is_parallel else 2
         blocks: list[list[int]] = [[]]
@@ -154,7 +176,9 @@ class AblationEngine:
         for datapoint in order:
             window = self._windows[datapoint]
             length = len(window.tokens)
-            per_layer = parts * length * self.lm.d_model + 2 * (len(window.prefix) + length) * self.lm.n_heads * self.lm.d_head
+            per_layer = (
+                parts * length * self.lm.d_model + 2 * (len(window.prefix) + length) * self.lm.n_heads * self.lm.d_head
+            )
             cost = self.lm.n_layers * per_layer * size
             if blocks[-1] and used + cost > self.memory_bytes / 2:
                 blocks.append([])
@@ -168,7 +192,10 @@ class AblationEngine:
         state = self._states.pop(number, None)
         if state is None:
             state = compute_baseline(self.lm, [self._windows[d] for d in self._blocks[number]])
-            while self._states and state.n_bytes + sum(other.n_bytes for other in self._states.values()) > self.memory_bytes:
+            while (
+                self._states
+                and state.n_bytes + sum(other.n_bytes for other in self._states.values()) > self.memory_bytes
+            ):
                 del self._states[next(iter(self._states))]
         self._states[number] = state
         return state
@@ -181,13 +208,16 @@ class AblationEngine:
         d_mlp = 4 * self.lm.d_model
         kv = 2 * state.keys[0].shape[1] * self.lm.d_head * self.lm.n_layers
         row_bytes = 4 * width * (kv + 8 * self.lm.d_model + 3 * d_mlp) + 8 * self.lm.n_heads * width * (
-            state.prefix.bias.shape[1] + width)
+            state.prefix.bias.shape[1] + width
+        )
         per_chunk = max(1, int(self.memory_bytes / row_bytes / n_datapoints))
         for start in range(0, len(order), per_chunk):
-            numbers = order[start:start + per_chunk]
+            numbers = order[start : start + per_chunk]
             chosen = [groups[i] for i in numbers]
             chunk = _Chunk(chosen, numbers, GroupEdits.build(chosen, self.lm.d_model, self.lm.n_layers, self.lm.device))
-            chunk.n_active = [sum(stage <= 2 * layer for stage in chunk.edits.first_stage) for layer in range(self.lm.n_layers + 1)]
+            chunk.n_active = [
+                sum(stage <= 2 * layer for stage in chunk.edits.first_stage) for layer in range(self.lm.n_layers + 1)
+            ]
             yield chunk
 
     # ------------------------------------------------------------ one chunk
@@ -200,14 +230,18 @@ class AblationEngine:
             hidden, cache = self._teacher_forced_pass(chunk, state, editor, datapoints)
             finished, open_rows = self._first_differences(hidden, state, members)
             del hidden
-            answers = {row: ids for row, ids in finished.items()}
+            answers = finished
             if open_rows:
                 answers.update(self._decode(chunk, state, editor, datapoints, cache, open_rows, members))
         n_datapoints = len(members)
-        return {(chunk.numbers[row // n_datapoints], row % n_datapoints): self.lm.decode(ids) for row, ids in answers.items()}
+        return {
+            (chunk.numbers[row // n_datapoints], row % n_datapoints): self.lm.decode(ids)
+            for row, ids in answers.items()
+        }
 
-    def _teacher_forced_pass(self, chunk: _Chunk, state: BaselineState, editor: Editor,
-                             datapoints: torch.Tensor) -> tuple[torch.Tensor, WindowCache]:
+    def _teacher_forced_pass(
+        self, chunk: _Chunk, state: BaselineState, editor: Editor, datapoints: torch.Tensor
+    ) -> tuple[torch.Tensor, WindowCache]:
         """Feed the baseline's tokens under ablation: final residual [group * datapoint, position, d_model].
 
         A group joins the batch at the layer where it leaves the baseline.
@@ -236,9 +270,16 @@ class AblationEngine:
             return hidden
         return torch.cat([hidden, block_input(self.lm, state, layer).repeat(n_joining, 1, 1)])
 
-    def _join_after(self, chunk: _Chunk, state: BaselineState, editor: Editor, layer: int, hidden: torch.Tensor,
-                    datapoints: torch.Tensor) -> torch.Tensor:
-        """Add the groups whose first edit is this layer's MLP write: the baseline's block output with the write edited."""
+    def _join_after(
+        self,
+        chunk: _Chunk,
+        state: BaselineState,
+        editor: Editor,
+        layer: int,
+        hidden: torch.Tensor,
+        datapoints: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add the groups whose first edit is this layer's MLP write, from the baseline's block output."""
         joining = [g for g, stage in enumerate(chunk.edits.first_stage) if stage == 2 * layer + 1]
         if not joining:
             return hidden
@@ -257,8 +298,9 @@ class AblationEngine:
 
     # ------------------------------------------------------------ comparing with the baseline
 
-    def _first_differences(self, hidden: torch.Tensor, state: BaselineState,
-                           members: list[int]) -> tuple[dict[int, list[int]], dict[int, tuple[int, int]]]:
+    def _first_differences(
+        self, hidden: torch.Tensor, state: BaselineState, members: list[int]
+    ) -> tuple[dict[int, list[int]], dict[int, tuple[int, int]]]:
         """Compare each row's predicted tokens with the baseline's.
 
         Returns rows whose new answer is already complete (row -> ids), and rows to be decoded further
@@ -266,13 +308,18 @@ class AblationEngine:
         """
         n_datapoints = len(members)
         windows = [self._windows[d] for d in members]
-        places = [(row, window.first_prediction + number - window.first_token, number)
-                  for row, window in enumerate(windows) for number in range(window.first_token, len(window.answer))]
+        places = [
+            (row, window.first_prediction + number - window.first_token, number)
+            for row, window in enumerate(windows)
+            for number in range(window.first_token, len(window.answer))
+        ]
         if not places:
             return {}, {}
         rows, positions, _ = (torch.tensor(column, device=hidden.device) for column in zip(*places, strict=True))
         by_group = hidden.view(-1, n_datapoints, *hidden.shape[1:])[:, rows, positions]
-        predicted = self._as_one_stop(next_tokens_near(self.lm, self._rivals(state, members, rows, positions), by_group))
+        predicted = self._as_one_stop(
+            next_tokens_near(self.lm, self._rivals(state, members, rows, positions), by_group)
+        )
         expected = torch.tensor([windows[row].answer[number] for row, _, number in places], device=hidden.device)
         finished: dict[int, list[int]] = {}
         open_rows: dict[int, tuple[int, int]] = {}
@@ -299,7 +346,9 @@ class AblationEngine:
             for row in missing:
                 self._rivals_of[members[row]] = found.select(torch.nonzero(owners == row).flatten())
         parts = [self._rivals_of[datapoint] for datapoint in members]
-        return Rivals(*(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens")))
+        return Rivals(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens"))
+        )
 
     def _as_one_stop(self, tokens: torch.Tensor) -> torch.Tensor:
         """All stop tokens mean the same, the answer ends: the lowest stands for all."""
@@ -317,26 +366,59 @@ class AblationEngine:
 
     # ------------------------------------------------------------ decoding rows that left the baseline
 
-    def _decode(self, chunk: _Chunk, state: BaselineState, editor: Editor, datapoints: torch.Tensor, cache: WindowCache,
-                open_rows: dict[int, tuple[int, int]], members: list[int]) -> dict[int, list[int]]:
+    def _decode(
+        self,
+        chunk: _Chunk,
+        state: BaselineState,
+        editor: Editor,
+        datapoints: torch.Tensor,
+        cache: WindowCache,
+        open_rows: dict[int, tuple[int, int]],
+        members: list[int],
+    ) -> dict[int, list[int]]:
         """Continue rows from their first new token, greedily: row -> answer ids."""
         answers: dict[int, list[int]] = {}
         rows = sorted(open_rows)
-        kv_bytes = 8 * state.keys[0].shape[1] * self.lm.d_head * self.lm.n_layers * (state.tokens.shape[1] + self.max_new_tokens)
+        kv_bytes = (
+            8
+            * state.keys[0].shape[1]
+            * self.lm.d_head
+            * self.lm.n_layers
+            * (state.tokens.shape[1] + self.max_new_tokens)
+        )
         step = max(16, int(self.memory_bytes / 2 / max(kv_bytes, 1)))
         for start in range(0, len(rows), step):
-            part = rows[start:start + step]
-            answers.update(self._decode_rows(chunk, state, editor, datapoints, cache, {row: open_rows[row] for row in part}, members))
+            part = rows[start : start + step]
+            answers.update(
+                self._decode_rows(
+                    chunk, state, editor, datapoints, cache, {row: open_rows[row] for row in part}, members
+                )
+            )
         return answers
 
-    def _decode_rows(self, chunk: _Chunk, state: BaselineState, editor: Editor, datapoints: torch.Tensor, cache: WindowCache,
-                     open_rows: dict[int, tuple[int, int]], members: list[int]) -> dict[int, list[int]]:
+    def _decode_rows(
+        self,
+        chunk: _Chunk,
+        state: BaselineState,
+        editor: Editor,
+        datapoints: torch.Tensor,
+        cache: WindowCache,
+        open_rows: dict[int, tuple[int, int]],
+        members: list[int],
+    ) -> dict[int, list[int]]:
         device = self.lm.device
         rows = list(open_rows)
         windows = [self._windows[members[row % len(members)]] for row in rows]
-        ids = [[*window.answer[:open_rows[row][0]], open_rows[row][1]] for row, window in zip(rows, windows, strict=True)]
-        slots = torch.tensor([window.first_prediction + open_rows[row][0] - window.first_token + 1
-                              for row, window in zip(rows, windows, strict=True)], device=device)
+        ids = [
+            [*window.answer[: open_rows[row][0]], open_rows[row][1]] for row, window in zip(rows, windows, strict=True)
+        ]
+        slots = torch.tensor(
+            [
+                window.first_prediction + open_rows[row][0] - window.first_token + 1
+                for row, window in zip(rows, windows, strict=True)
+            ],
+            device=device,
+        )
         local = torch.tensor(rows, device=device)
         place, groups = local % len(members), local // len(members)
         own = self._own_cache(chunk, state, cache, local, place)
@@ -358,8 +440,9 @@ class AblationEngine:
             slots = slots + 1
         return {row: self._without_stop(answer) for row, answer in zip(rows, ids, strict=True)}
 
-    def _own_cache(self, chunk: _Chunk, state: BaselineState, cache: WindowCache, rows: torch.Tensor,
-                   place: torch.Tensor) -> WindowCache:
+    def _own_cache(
+        self, chunk: _Chunk, state: BaselineState, cache: WindowCache, rows: torch.Tensor, place: torch.Tensor
+    ) -> WindowCache:
         """Keys and values of the rows' windows with room for new tokens, one [row, kv head, slot, d_head] per layer.
 
         Below the layer where a group left the baseline they are the baseline's.
@@ -369,17 +452,28 @@ class AblationEngine:
         keys, values = [], []
         for layer in range(self.lm.n_layers):
             active = rows < chunk.n_active[layer] * n_datapoints
-            for store, passed, baseline in ((keys, cache.keys[layer], state.keys[layer]), (values, cache.values[layer], state.values[layer])):
+            for store, passed, baseline in (
+                (keys, cache.keys[layer], state.keys[layer]),
+                (values, cache.values[layer], state.values[layer]),
+            ):
                 room = baseline.new_zeros(len(rows), baseline.shape[1], n_slots, baseline.shape[3])
                 window = baseline[place]
                 if bool(active.any()):
                     window[active] = passed[rows[active]]
-                room[:, :, :window.shape[2]] = window
+                room[:, :, : window.shape[2]] = window
                 store.append(room)
         return WindowCache(keys, values)
 
-    def _decode_step(self, prefix: Prefix, own: WindowCache, token: torch.Tensor, positions: torch.Tensor, editor: Editor,
-                     groups: torch.Tensor, datapoints: torch.Tensor) -> torch.Tensor:
+    def _decode_step(
+        self,
+        prefix: Prefix,
+        own: WindowCache,
+        token: torch.Tensor,
+        positions: torch.Tensor,
+        editor: Editor,
+        groups: torch.Tensor,
+        datapoints: torch.Tensor,
+    ) -> torch.Tensor:
         """Run one new token of each row through the network under ablation: the next token of each row."""
         n_slots = own.keys[0].shape[2]
         visible = torch.arange(n_slots, device=token.device)[None] <= own.slots[:, None]

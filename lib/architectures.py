@@ -43,8 +43,9 @@ class Architecture:
         return self.mid_norm is None
 
 
-_LLAMA = Architecture("model", "layers", "embed_tokens", "self_attn", "o_proj", "norm", "post_attention_layernorm",
-                      has_rotary_module=True)
+_LLAMA = Architecture(
+    "model", "layers", "embed_tokens", "self_attn", "o_proj", "norm", "post_attention_layernorm", has_rotary_module=True
+)
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -62,7 +63,9 @@ def find_architecture(model: nn.Module) -> Architecture:
     """
     kind = getattr(model.config, "model_type", type(model).__name__)
     if kind not in ARCHITECTURES:
-        raise UserError(f"models of type {kind!r} are not supported; supported types: {', '.join(sorted(ARCHITECTURES))}")
+        raise UserError(
+            f"models of type {kind!r} are not supported; supported types: {', '.join(sorted(ARCHITECTURES))}"
+        )
     if kind == "gpt2" and model.config.add_cross_attention:
         raise UserError("gpt2 with cross-attention is not a plain language model; choose a decoder-only checkpoint")
     return ARCHITECTURES[kind]
@@ -77,8 +80,9 @@ def embed(model: nn.Module, family: Architecture, ids: torch.Tensor, positions: 
     return hidden
 
 
-def run_block(model: nn.Module, family: Architecture, layer: int, hidden: torch.Tensor, positions: torch.Tensor,
-              cache: Any) -> torch.Tensor:
+def run_block(
+    model: nn.Module, family: Architecture, layer: int, hidden: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> torch.Tensor:
     """One block on [row, position, d_model]; keys and values pass through `cache.update(keys, values, layer)`.
 
     The attention itself is whatever `attention_replaced` has put in place.
@@ -88,15 +92,22 @@ def run_block(model: nn.Module, family: Architecture, layer: int, hidden: torch.
     if family.has_rotary_module:
         # Rotary tables depend on the positions only; they are the same for all layers of one pass.
         rotary = cache.rotary(base.rotary_emb, hidden, positions)
-        return block(hidden, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True,
-                     position_embeddings=rotary)
+        return block(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=rotary,
+        )
     if family.is_parallel:
         return block(hidden, layer_past=cache, attention_mask=None, position_ids=positions, use_cache=True)[0]
     return block(hidden, past_key_values=cache, attention_mask=None, use_cache=True)
 
 
-def combine(family: Architecture, mid: torch.Tensor, attention_write: torch.Tensor | None,
-            mlp_write: torch.Tensor) -> torch.Tensor:
+def combine(
+    family: Architecture, mid: torch.Tensor, attention_write: torch.Tensor | None, mlp_write: torch.Tensor
+) -> torch.Tensor:
     """The block's output from its parts, added in the model's own order so that no bit differs.
 
     mid: residual after attention (sequential blocks) or the block's input (parallel blocks, with `attention_write`).
@@ -126,8 +137,9 @@ def attention_replaced(model: nn.Module, family: Architecture, attend: Attention
                 del module._attn
         return
 
-    def interface(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                  *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    def interface(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
         return attend(module, query, key, value), None
 
     previous = model.config._attn_implementation
@@ -141,6 +153,10 @@ def attention_replaced(model: nn.Module, family: Architecture, attend: Attention
 
 def _bound(attend: AttentionFunction, module: nn.Module) -> Callable[..., tuple[torch.Tensor, None]]:
     """`attend` in the form of a parallel block's own method, whose result has heads before positions."""
-    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None) -> tuple[torch.Tensor, None]:
+
+    def call(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None
+    ) -> tuple[torch.Tensor, None]:
         return attend(module, query.float(), key.float(), value).transpose(1, 2), None
+
     return call

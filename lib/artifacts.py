@@ -36,6 +36,7 @@ _FINGERPRINTED_PACKAGES = ("torch", "transformers", "xgboost", "scikit-learn", "
 
 # ---------------------------------------------------------------- paths
 
+
 def model_slug(ai_model: str) -> str:
     """The path piece that stands for a model: `org/model` is kept, a local folder or .gguf gives its base name."""
     path = Path(ai_model).expanduser()
@@ -43,11 +44,14 @@ def model_slug(ai_model: str) -> str:
     name = (path.resolve().name if is_local else ai_model).removesuffix(".gguf")
     pieces = [re.sub(r"[^0-9A-Za-z._@+-]+", "_", piece) for piece in name.split("/")]
     if not pieces or any(piece in ("", ".", "..") for piece in pieces):
-        raise UserError(f"cannot make a folder name from the model {ai_model!r}; give a hub id, a folder or a .gguf file")
+        raise UserError(
+            f"cannot make a folder name from the model {ai_model!r}; give a hub id, a folder or a .gguf file"
+        )
     return "/".join(pieces)
 
 
 # ---------------------------------------------------------------- writing and reading
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -72,7 +76,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; check the folder's permissions and free space") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; check the folder's permissions and free space"
+        ) from error
     finally:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -122,7 +128,9 @@ def read_json(path: str | Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} cannot be read: {path} ({error}); delete it and run the stage that writes it") from None
+        raise UserError(
+            f"{what} cannot be read: {path} ({error}); delete it and run the stage that writes it"
+        ) from None
 
 
 def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
@@ -142,7 +150,9 @@ def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it") from None
+        raise UserError(
+            f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it"
+        ) from None
 
 
 def write_npy(path: str | Path, array: np.ndarray) -> None:
@@ -172,8 +182,11 @@ def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, np.asanyarray(arrays[name]), allow_pickle=False)
             # A fixed date: numpy's own writer stamps the current time.
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(),
-                             compress_type=zipfile.ZIP_DEFLATED)
+            archive.writestr(
+                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)),
+                buffer.getvalue(),
+                compress_type=zipfile.ZIP_DEFLATED,
+            )
 
 
 def read_npz(path: str | Path, what: str) -> dict[str, np.ndarray]:
@@ -195,7 +208,9 @@ def _array_errors(path: str | Path, what: str) -> Iterator[None]:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it") from None
+        raise UserError(
+            f"{what} cannot be read: {path} ({reason}); delete it and run the stage that writes it"
+        ) from None
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -222,8 +237,20 @@ def read_pickle(path: str | Path, what: str) -> Any:
             return _PlainUnpickler(handle).load()
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
-    except (OSError, MemoryError, RecursionError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError,
-            IndexError, AttributeError, OverflowError, UnicodeDecodeError) as error:
+    except (
+        OSError,
+        MemoryError,
+        RecursionError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} refused: {path} is not a plain pickle ({reason})") from None
 
@@ -257,6 +284,7 @@ def save_figure(stem: str | Path, figure: Figure, data: pd.DataFrame) -> list[Pa
 
 # ---------------------------------------------------------------- records of finished stages
 
+
 @dataclass(frozen=True)
 class StageRecord:
     """What a stage was asked and given: decides whether finished output still answers the question.
@@ -286,8 +314,13 @@ class StageRecord:
             if not path.is_file():
                 raise UserError(f"{label} not found: {path}; run the stage that writes it")
             inputs[label] = file_digest(path)
-        return {"stage": self.stage, "schema_version": SCHEMA_VERSION, "settings": plain(self.settings), "inputs": inputs,
-                "packages": {name: _package_version(name) for name in _FINGERPRINTED_PACKAGES}}
+        return {
+            "stage": self.stage,
+            "schema_version": SCHEMA_VERSION,
+            "settings": plain(self.settings),
+            "inputs": inputs,
+            "packages": {name: _package_version(name) for name in _FINGERPRINTED_PACKAGES},
+        }
 
     def stored(self) -> dict[str, Any] | None:
         """The metadata of the last finished run in this place, or None (absent or unreadable)."""
@@ -306,19 +339,26 @@ class StageRecord:
         outputs = stored.get("outputs", {})
         return all((base / name).is_file() and file_digest(base / name) == digest for name, digest in outputs.items())
 
-    def finish(self, outputs: Iterable[str | Path], *, started: float | None = None,
-               summary: dict[str, Any] | None = None) -> None:
+    def finish(
+        self, outputs: Iterable[str | Path], *, started: float | None = None, summary: dict[str, Any] | None = None
+    ) -> None:
         """Declare the outputs complete. `started` is the run's `time.time()`; `summary` is kept for later display."""
         base = self.metadata_path.parent
         digests = {Path(os.path.relpath(path, base)).as_posix(): file_digest(path) for path in outputs}
         now = time.time()
-        write_json(self.metadata_path, {
-            "fingerprint": self.fingerprint, **self._identity(),
-            "input_paths": {label: Path(path).as_posix() for label, path in sorted(self.inputs.items())},
-            "outputs": dict(sorted(digests.items())), "summary": summary or {},
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
-            "seconds": round(now - started, 3) if started is not None else None,
-            "peak_memory_mb": _peak_memory_mb()})
+        write_json(
+            self.metadata_path,
+            {
+                "fingerprint": self.fingerprint,
+                **self._identity(),
+                "input_paths": {label: Path(path).as_posix() for label, path in sorted(self.inputs.items())},
+                "outputs": dict(sorted(digests.items())),
+                "summary": summary or {},
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
+                "seconds": round(now - started, 3) if started is not None else None,
+                "peak_memory_mb": _peak_memory_mb(),
+            },
+        )
 
     def summary(self) -> dict[str, Any]:
         """The summary that the finished run stored."""

@@ -41,14 +41,21 @@ class Report:
         """Print a title line."""
         self.line(f"==== {text} ====")
 
-    def progress(self, iterable: Iterable[Item], *, total: int | None = None, unit: str = "it",
-                 desc: str | None = None) -> Iterator[Item]:
+    def progress(
+        self, iterable: Iterable[Item], *, total: int | None = None, unit: str = "it", desc: str | None = None
+    ) -> Iterator[Item]:
         """Iterate with a progress bar and an estimate of the time left, silent with `--quiet`."""
         return progress(iterable, total=total, unit=unit, desc=desc, quiet=self.quiet)
 
 
-def progress(iterable: Iterable[Item], *, total: int | None = None, unit: str = "it", desc: str | None = None,
-             quiet: bool = False) -> Iterator[Item]:
+def progress(
+    iterable: Iterable[Item],
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    desc: str | None = None,
+    quiet: bool = False,
+) -> Iterator[Item]:
     """Iterate with a tqdm bar on stderr."""
     from tqdm import tqdm
 
@@ -73,8 +80,9 @@ def rng(seed: int, *labels: object) -> np.random.Generator:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """`--seed`, `--force`, `--quiet`: in every command."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", "--random_seed", dest="seed", type=int, default=DEFAULT_SEED,
-                       help="seed of every random choice")
+    group.add_argument(
+        "--seed", "--random_seed", dest="seed", type=int, default=DEFAULT_SEED, help="seed of every random choice"
+    )
     group.add_argument("--force", action="store_true", help="run again even when matching output is there")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -82,13 +90,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser, *, default_batch_size: int = 64) -> None:
     """The analysed model and how it is run."""
     group = parser.add_argument_group("model")
-    group.add_argument("--ai_model", default=DEFAULT_MODEL,
-                       help="hub id (with @step<N> for a revision), local folder, .gguf file, or the packaged default")
+    group.add_argument(
+        "--ai_model",
+        default=DEFAULT_MODEL,
+        help="hub id (with @step<N> for a revision), local folder, .gguf file, or the packaged default",
+    )
     group.add_argument("--ai_model_cache_dir", default=None, help="folder for downloaded or converted weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<N>")
     group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="weights' type")
-    group.add_argument("--batch_size", type=positive_int, default=default_batch_size,
-                       help="prompts per forward pass; changes speed and memory, not results")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=default_batch_size,
+        help="prompts per forward pass; changes speed and memory, not results",
+    )
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +140,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Defaults after each flag, the description as written."""
 
 
-def build_parser(add_arguments: Callable[[argparse.ArgumentParser], None], description: str | None) -> argparse.ArgumentParser:
+def build_parser(
+    add_arguments: Callable[[argparse.ArgumentParser], None], description: str | None
+) -> argparse.ArgumentParser:
     """The parser of one command: its own flags and the shared run flags; abbreviations are refused."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     add_arguments(parser)
@@ -133,9 +150,12 @@ def build_parser(add_arguments: Callable[[argparse.ArgumentParser], None], descr
     return parser
 
 
-def stage_main(add_arguments: Callable[[argparse.ArgumentParser], None],
-               run: Callable[[argparse.Namespace, Report], int | None], *,
-               description: str | None) -> Callable[[list[str] | None], int]:
+def stage_main(
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace, Report], int | None],
+    *,
+    description: str | None,
+) -> Callable[[list[str] | None], int]:
     """A command's `main(argv=None)`: parses, runs, turns a `UserError` into one line and exit code 2."""
 
     def main(argv: list[str] | None = None) -> int:

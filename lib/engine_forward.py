@@ -39,8 +39,9 @@ class WindowCache:
         """A cache that records a pass."""
         return cls([None] * n_layers, [None] * n_layers)
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int,
-               *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by an attention module with the keys and values of its new tokens."""
         if self.slots is None:
             self.keys[layer], self.values[layer] = keys, values
@@ -59,7 +60,7 @@ class WindowCache:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the shared prompt tokens, one [datapoint, kv head, position, d_head] per layer; bias hides pads."""
+    """Keys and values of the shared prompt tokens, one [datapoint, kv head, position, d_head] per layer."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -70,12 +71,23 @@ class Prefix:
         """The prefix of some datapoints (which may repeat), trimmed to the longest."""
         bias = self.bias[datapoints]
         width = int((bias == 0).sum(1).max()) if bias.numel() else 0
-        return Prefix([k[datapoints, :, :width] for k in self.keys], [v[datapoints, :, :width] for v in self.values],
-                      bias[:, :width])
+        return Prefix(
+            [k[datapoints, :, :width] for k in self.keys],
+            [v[datapoints, :, :width] for v in self.values],
+            bias[:, :width],
+        )
 
 
-def attend_shared(scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix_key: torch.Tensor,
-                  prefix_value: torch.Tensor, prefix_bias: torch.Tensor, own_bias: torch.Tensor) -> torch.Tensor:
+def attend_shared(
+    scale: float,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    prefix_bias: torch.Tensor,
+    own_bias: torch.Tensor,
+) -> torch.Tensor:
     """Attention over a shared prefix and each row's own window, without copying the prefix.
 
     query [row, head, position, d_head], rows group-major (row = group * n_datapoints + datapoint); key and value
@@ -105,23 +117,33 @@ def attend_shared(scale: float, query: torch.Tensor, key: torch.Tensor, value: t
 def _to_datapoint_major(rows: torch.Tensor, n_groups: int, n_datapoints: int) -> torch.Tensor:
     """[group * datapoint, kv, query, x] -> [datapoint, kv, group * query, x]."""
     _, n_kv, n_queries, width = rows.shape
-    return rows.view(n_groups, n_datapoints, n_kv, n_queries, width).permute(1, 2, 0, 3, 4).reshape(
-        n_datapoints, n_kv, n_groups * n_queries, width)
+    return (
+        rows.view(n_groups, n_datapoints, n_kv, n_queries, width)
+        .permute(1, 2, 0, 3, 4)
+        .reshape(n_datapoints, n_kv, n_groups * n_queries, width)
+    )
 
 
 def _to_row_major(by_datapoint: torch.Tensor, n_groups: int, n_rows: int) -> torch.Tensor:
     """[datapoint, kv, group * query, x] -> [group * datapoint, kv, query, x]."""
     n_datapoints, n_kv, _, width = by_datapoint.shape
-    return by_datapoint.view(n_datapoints, n_kv, n_groups, -1, width).permute(2, 0, 1, 3, 4).reshape(n_rows, n_kv, -1, width)
+    return (
+        by_datapoint.view(n_datapoints, n_kv, n_groups, -1, width)
+        .permute(2, 0, 1, 3, 4)
+        .reshape(n_rows, n_kv, -1, width)
+    )
 
 
 def shared_attention(prefix: Prefix, own_bias: torch.Tensor) -> Callable[..., torch.Tensor]:
     """The attention function of one pass (see `architectures.attention_replaced`)."""
+
     def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         layer = module.layer_idx
-        mixed = attend_shared(attention_scale(module), query, key, value, prefix.keys[layer], prefix.values[layer],
-                              prefix.bias, own_bias)
+        mixed = attend_shared(
+            attention_scale(module), query, key, value, prefix.keys[layer], prefix.values[layer], prefix.bias, own_bias
+        )
         return mixed.to(value.dtype)
+
     return attend
 
 
@@ -132,6 +154,7 @@ def causal_bias(n_positions: int, device: torch.device) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- edits
+
 
 def leaving_stage(group: Sequence[Neuron], n_layers: int) -> int:
     """Where a group leaves the baseline: 2 * layer if it must be run through block `layer` (an attention unit there),
@@ -185,8 +208,15 @@ class Editor:
         self.table = table
         self.edits = edits
 
-    def edit_write(self, label: str, write: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor,
-                   positions: torch.Tensor, datapoints: torch.Tensor) -> torch.Tensor:
+    def edit_write(
+        self,
+        label: str,
+        write: torch.Tensor,
+        rows: torch.Tensor,
+        masks: torch.Tensor,
+        positions: torch.Tensor,
+        datapoints: torch.Tensor,
+    ) -> torch.Tensor:
         """New MLP output of the chosen rows, [n, position, d_model]; masks [n, d_model]."""
         values = self.table.values(label, positions[rows], datapoints[rows]).to(write.dtype)
         chosen = write[rows]
@@ -195,8 +225,9 @@ class Editor:
         return torch.where(masks[:, None], values, chosen)
 
     @contextlib.contextmanager
-    def active(self, layer: int, groups_of_rows: torch.Tensor, positions: torch.Tensor,
-               datapoints: torch.Tensor) -> Iterator[None]:
+    def active(
+        self, layer: int, groups_of_rows: torch.Tensor, positions: torch.Tensor, datapoints: torch.Tensor
+    ) -> Iterator[None]:
         """Hooks on one layer's modules that edit the rows whose group has units there."""
         handles = []
         head_labels = []
@@ -205,13 +236,17 @@ class Editor:
             if not len(rows):
                 continue
             if parse_label(label)[1] is None:
-                handles.append(self.lm.mlp(layer).register_forward_hook(
-                    self._mlp_hook(label, rows, masks, positions, datapoints)))
+                handles.append(
+                    self.lm.mlp(layer).register_forward_hook(self._mlp_hook(label, rows, masks, positions, datapoints))
+                )
             else:
                 head_labels.append((label, rows, masks))
         if head_labels:
-            handles.append(self.lm.attention_output(layer).register_forward_hook(
-                self._head_hook(layer, head_labels, positions, datapoints)))
+            handles.append(
+                self.lm.attention_output(layer).register_forward_hook(
+                    self._head_hook(layer, head_labels, positions, datapoints)
+                )
+            )
         try:
             yield
         finally:
@@ -227,19 +262,27 @@ class Editor:
         rows = torch.nonzero(found >= 0).flatten()
         return rows, masks[found[rows]]
 
-    def _mlp_hook(self, label: str, rows: torch.Tensor, masks: torch.Tensor, positions: torch.Tensor,
-                  datapoints: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def _mlp_hook(
+        self, label: str, rows: torch.Tensor, masks: torch.Tensor, positions: torch.Tensor, datapoints: torch.Tensor
+    ) -> Callable[..., torch.Tensor]:
         def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
             output[rows] = self.edit_write(label, output, rows, masks, positions, datapoints)
             return output
+
         return hook
 
-    def _head_hook(self, layer: int, edits: list[tuple[str, torch.Tensor, torch.Tensor]], positions: torch.Tensor,
-                   datapoints: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def _head_hook(
+        self,
+        layer: int,
+        edits: list[tuple[str, torch.Tensor, torch.Tensor]],
+        positions: torch.Tensor,
+        datapoints: torch.Tensor,
+    ) -> Callable[..., torch.Tensor]:
         def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
             for label, rows, masks in edits:
                 own = head_write(self.lm, layer, parse_label(label)[1], inputs[0][rows])
                 values = self.table.values(label, positions[rows], datapoints[rows]).to(own.dtype)
                 output[rows] += torch.where(masks[:, None], values - own, torch.zeros_like(own))
             return output
+
         return hook

@@ -1,8 +1,8 @@
 """Which rows still predict the baseline's next token, without computing the vocabulary for most of them.
 
-The baseline's winner y has logit z_y and every other token j trails by m_j = z_y - z_j. A row whose final state moved by d
-changes that gap by d . (w_j - w_y), at most |d| |w_j - w_y|. So only tokens with m_j / |w_j - w_y| <= |d| can win: usually
-none, sometimes a handful. Exact up to rounding, for which a slack is added to |d|.
+The baseline's winner y has logit z_y and every other token j trails by m_j = z_y - z_j. A row whose final state moved by
+d changes that gap by d . (w_j - w_y), at most |d| |w_j - w_y|. So only tokens with m_j / |w_j - w_y| <= |d| can win:
+usually none, sometimes a handful. Exact up to rounding, for which a slack is added to |d|.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ROWS = 2048
 class Rivals:
     """For a set of places (datapoint, position): the final state, the winner and its nearest rivals.
 
-    state [place, d_model] after the final norm; winner [place]; reach [place, rival] the |d| from which a rival can win,
-    ascending; tokens [place, rival].
+    state [place, d_model] after the final norm; winner [place]; reach [place, rival] the |d| from which a rival can
+    win, ascending; tokens [place, rival].
     """
 
     state: torch.Tensor
@@ -43,7 +43,7 @@ def find_rivals(lm: LanguageModel, final: torch.Tensor) -> Rivals:
     n_rivals = min(N_RIVALS, lm.vocab_size - 1)
     parts = []
     for start in range(0, max(len(final), 1), 64):
-        state = lm.final_norm(final[start:start + 64])
+        state = lm.final_norm(final[start : start + 64])
         logits = lm.lm_head(state).float()
         top, winner = logits.max(-1, keepdim=True)
         products = (weight[winner[:, 0]] @ weight.T).float()
@@ -51,12 +51,16 @@ def find_rivals(lm: LanguageModel, final: torch.Tensor) -> Rivals:
         reach = ((top - logits) / distance).scatter(1, winner, torch.inf)
         nearest = reach.topk(n_rivals, largest=False, sorted=True)
         parts.append(Rivals(state, winner[:, 0], nearest.values, nearest.indices))
-    return Rivals(*(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens")))
+    return Rivals(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens"))
+    )
 
 
 def next_tokens(lm: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
-    """The most likely next token of each row, [row]; hidden [row, d_model] is the residual stream after the last block."""
-    tokens = [lm.lm_head(lm.final_norm(hidden[start:start + _ROWS])).argmax(-1) for start in range(0, len(hidden), _ROWS)]
+    """The most likely next token of each row, [row]; hidden [row, d_model]: residual stream after the last block."""
+    tokens = [
+        lm.lm_head(lm.final_norm(hidden[start : start + _ROWS])).argmax(-1) for start in range(0, len(hidden), _ROWS)
+    ]
     return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.long, device=hidden.device)
 
 
@@ -82,7 +86,7 @@ def next_tokens_near(lm: LanguageModel, rivals: Rivals, hidden: torch.Tensor) ->
         groups = torch.nonzero(contested[:, place]).flatten()
         width = int(counts[groups, place].max())
         # Ascending order, so that a tie goes to the lowest token as it does in an argmax over the vocabulary.
-        tokens = torch.cat([rivals.winner[place:place + 1], rivals.tokens[place, :width]]).sort().values
+        tokens = torch.cat([rivals.winner[place : place + 1], rivals.tokens[place, :width]]).sort().values
         logits = state[groups, place] @ lm.lm_head.weight[tokens].T
         if bias is not None:
             logits = logits + bias[tokens]

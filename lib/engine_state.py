@@ -53,7 +53,15 @@ class BaselineState:
     @property
     def n_bytes(self) -> int:
         """Memory held."""
-        lists = (self.mid, self.attention_writes, self.mlp_writes, self.keys, self.values, self.prefix.keys, self.prefix.values)
+        lists = (
+            self.mid,
+            self.attention_writes,
+            self.mlp_writes,
+            self.keys,
+            self.values,
+            self.prefix.keys,
+            self.prefix.values,
+        )
         return sum(tensor.nbytes for tensors in lists for tensor in tensors)
 
     def select(self, datapoints: torch.Tensor) -> BaselineState:
@@ -70,9 +78,18 @@ class BaselineState:
             return [tensor[datapoints, :, :width] for tensor in tensors]
 
         return BaselineState(
-            self.prefix.select(datapoints), self.prefix_length[datapoints], window_length, self.tokens[datapoints, :width],
-            self.positions[datapoints, :width], cut(self.mid), cut(self.attention_writes), cut(self.mlp_writes),
-            cut_heads(self.keys), cut_heads(self.values), self.final[datapoints, :width])
+            self.prefix.select(datapoints),
+            self.prefix_length[datapoints],
+            window_length,
+            self.tokens[datapoints, :width],
+            self.positions[datapoints, :width],
+            cut(self.mid),
+            cut(self.attention_writes),
+            cut(self.mlp_writes),
+            cut_heads(self.keys),
+            cut_heads(self.values),
+            self.final[datapoints, :width],
+        )
 
 
 def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineState:
@@ -83,19 +100,33 @@ def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineSt
     width = max(1, int(window_length.max()))
     tokens = torch.full((len(windows), width), lm.pad_token_id, device=lm.device)
     for row, window in enumerate(windows):
-        tokens[row, :len(window.tokens)] = torch.tensor(window.tokens, device=lm.device)
+        tokens[row, : len(window.tokens)] = torch.tensor(window.tokens, device=lm.device)
     positions = prefix_length[:, None] + torch.arange(width, device=lm.device)[None]
     # Padding at the end of a window may run past the model's last position; what is computed there is never used.
     positions = positions.clamp(max=lm.n_positions - 1)
     recorder = _Recorder(lm)
     cache = WindowCache.empty(lm.n_layers)
-    with torch.inference_mode(), attention_replaced(lm.model, lm.family, shared_attention(prefix, causal_bias(width, lm.device))):
+    with (
+        torch.inference_mode(),
+        attention_replaced(lm.model, lm.family, shared_attention(prefix, causal_bias(width, lm.device))),
+    ):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             with recorder.recording(layer, hidden):
                 hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)
-    return BaselineState(prefix, prefix_length, window_length, tokens, positions, recorder.mid, recorder.attention_writes,
-                         recorder.mlp_writes, list(cache.keys), list(cache.values), hidden)
+    return BaselineState(
+        prefix,
+        prefix_length,
+        window_length,
+        tokens,
+        positions,
+        recorder.mid,
+        recorder.attention_writes,
+        recorder.mlp_writes,
+        list(cache.keys),
+        list(cache.values),
+        hidden,
+    )
 
 
 def block_input(lm: LanguageModel, state: BaselineState, layer: int) -> torch.Tensor:
@@ -125,8 +156,11 @@ class _Recorder:
         handles = [self.lm.mlp(layer).register_forward_hook(lambda _m, _i, output: self.mlp_writes.append(output))]
         if self.lm.is_parallel:
             self.mid.append(hidden)
-            handles.append(self.lm.attention(layer).register_forward_hook(
-                lambda _m, _i, output: self.attention_writes.append(output[0])))
+            handles.append(
+                self.lm.attention(layer).register_forward_hook(
+                    lambda _m, _i, output: self.attention_writes.append(output[0])
+                )
+            )
         else:
             norm = getattr(self.lm.blocks[layer], self.lm.family.mid_norm)
             handles.append(norm.register_forward_pre_hook(lambda _m, inputs: self.mid.append(inputs[0])))
@@ -153,8 +187,8 @@ def _prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
     tokens = torch.full((len(prefixes), width), lm.pad_token_id)
     mask = torch.zeros(len(prefixes), width, dtype=torch.bool)
     for row, prefix in enumerate(prefixes):
-        tokens[row, :len(prefix)] = torch.tensor(list(prefix), dtype=torch.long)
-        mask[row, :len(prefix)] = True
+        tokens[row, : len(prefix)] = torch.tensor(list(prefix), dtype=torch.long)
+        mask[row, : len(prefix)] = True
     tokens, mask = tokens.to(lm.device), mask.to(lm.device)
     bias = torch.zeros(mask.shape, device=lm.device).masked_fill(~mask, MINUS_INFINITY)
     cache = WindowCache.empty(lm.n_layers)
@@ -164,14 +198,21 @@ def _prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
         return Prefix(empty, empty, bias)
     positions = torch.arange(width, device=lm.device).expand(len(prefixes), -1)
     # The prompt is a window of its own, with nothing before it; padding is at the end, so causality hides it.
-    nothing = Prefix([torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
-                     [torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
-                     torch.zeros(len(prefixes), 0, device=lm.device))
-    with torch.inference_mode(), attention_replaced(lm.model, lm.family, shared_attention(nothing, causal_bias(width, lm.device))):
+    nothing = Prefix(
+        [torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
+        [torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
+        torch.zeros(len(prefixes), 0, device=lm.device),
+    )
+    with (
+        torch.inference_mode(),
+        attention_replaced(lm.model, lm.family, shared_attention(nothing, causal_bias(width, lm.device))),
+    ):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)
-    return Prefix([key for key in cache.keys if key is not None], [value for value in cache.values if value is not None], bias)
+    return Prefix(
+        [key for key in cache.keys if key is not None], [value for value in cache.values if value is not None], bias
+    )
 
 
 def _kv_shape(lm: LanguageModel, n_rows: int) -> tuple[int, int, int, int]:

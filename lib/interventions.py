@@ -118,9 +118,17 @@ class ReplacementTable:
         return self.cache_dir / f"replacement_values_{key[:16]}.npz"
 
 
-def build_table(lm: LanguageModel, intervention: Intervention, reference_prompts: Sequence[str], *, max_new_tokens: int,
-                prompts: Sequence[str] = (), seed: int = 0, cache_dir: Path | None = None,
-                batch_size: int = 32) -> ReplacementTable:
+def build_table(
+    lm: LanguageModel,
+    intervention: Intervention,
+    reference_prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    batch_size: int = 32,
+) -> ReplacementTable:
     """The table of an intervention from reference prompts, each followed by the model's own greedy answer.
 
     prompts: the datapoints that will be ablated (RESAMPLE draws one other reference prompt for each).
@@ -155,8 +163,10 @@ def _draw_donors(prompts: Sequence[str], references: Sequence[str], seed: int) -
 
 # ---------------------------------------------------------------- measuring writes
 
-def iterate_writes(lm: LanguageModel, ids: Sequence[Sequence[int]], labels: Sequence[str],
-                   batch_size: int) -> Iterator[tuple[list[int], torch.Tensor, Callable[[str], torch.Tensor]]]:
+
+def iterate_writes(
+    lm: LanguageModel, ids: Sequence[Sequence[int]], labels: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, Callable[[str], torch.Tensor]]]:
     """Run sequences through the model and hand out the writes of components.
 
     Yields (sequence numbers, mask [row, position] of real tokens, write): `write(label)` is [row, position, d_model],
@@ -167,17 +177,19 @@ def iterate_writes(lm: LanguageModel, ids: Sequence[Sequence[int]], labels: Sequ
     mlp_layers = sorted({layer for layer, head in layers if head is None})
     head_layers = sorted({layer for layer, head in layers if head is not None})
     for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
+        chosen = order[start : start + batch_size]
         width = max(len(ids[i]) for i in chosen)
         tokens = torch.full((len(chosen), width), lm.pad_token_id)
         mask = torch.zeros(len(chosen), width, dtype=torch.bool)
         for row, i in enumerate(chosen):
-            tokens[row, :len(ids[i])] = torch.tensor(list(ids[i]))
-            mask[row, :len(ids[i])] = True
+            tokens[row, : len(ids[i])] = torch.tensor(list(ids[i]))
+            mask[row, : len(ids[i])] = True
         outputs: dict[int, torch.Tensor] = {}
         mixes: dict[int, torch.Tensor] = {}
         handles = [lm.mlp(layer).register_forward_hook(_store_output(outputs, layer)) for layer in mlp_layers]
-        handles += [lm.attention_output(layer).register_forward_pre_hook(_store_input(mixes, layer)) for layer in head_layers]
+        handles += [
+            lm.attention_output(layer).register_forward_pre_hook(_store_input(mixes, layer)) for layer in head_layers
+        ]
         try:
             with torch.inference_mode():
                 lm.base(tokens.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False)
@@ -190,22 +202,26 @@ def iterate_writes(lm: LanguageModel, ids: Sequence[Sequence[int]], labels: Sequ
 def _store_output(store: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
     def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         store[layer] = output
+
     return hook
 
 
 def _store_input(store: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
     def hook(module: torch.nn.Module, inputs: tuple) -> None:
         store[layer] = inputs[0]
+
     return hook
 
 
-def _write_reader(lm: LanguageModel, outputs: dict[int, torch.Tensor],
-                  mixes: dict[int, torch.Tensor]) -> Callable[[str], torch.Tensor]:
+def _write_reader(
+    lm: LanguageModel, outputs: dict[int, torch.Tensor], mixes: dict[int, torch.Tensor]
+) -> Callable[[str], torch.Tensor]:
     def write(label: str) -> torch.Tensor:
         layer, head = parse_label(label)
         if head is None:
             return lm.write(outputs[layer]).float()
         return head_write(lm, layer, head, mixes[layer]).float()
+
     return write
 
 
@@ -214,13 +230,14 @@ def head_write(lm: LanguageModel, layer: int, head: int, mix: torch.Tensor) -> t
 
     mix: input of the output projection, [..., n_heads * d_head].
     """
-    own = mix[..., head * lm.d_head:(head + 1) * lm.d_head]
+    own = mix[..., head * lm.d_head : (head + 1) * lm.d_head]
     return lm.write(own @ lm.head_output_weight(layer)[head])
 
 
-def _compute_tables(lm: LanguageModel, intervention: Intervention, ids: list[list[int]], labels: list[str],
-                    batch_size: int) -> dict[str, torch.Tensor]:
-    """Tables on the CPU, float32: [1, d_model], positional [position + 1, d_model], RESAMPLE [reference, position, d_model]."""
+def _compute_tables(
+    lm: LanguageModel, intervention: Intervention, ids: list[list[int]], labels: list[str], batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Tables on the CPU: [1, d_model], positional [position + 1, d_model], RESAMPLE [reference, position, d_model]."""
     if intervention is Intervention.RESAMPLE:
         return _all_writes(lm, ids, labels, batch_size)
     means = _mean_tables(lm, ids, labels, batch_size)
@@ -230,15 +247,17 @@ def _compute_tables(lm: LanguageModel, intervention: Intervention, ids: list[lis
     return {label: table[rows].float() for label, table in means.items()}
 
 
-def _mean_tables(lm: LanguageModel, ids: list[list[int]], labels: list[str], batch_size: int) -> dict[str, torch.Tensor]:
-    """Per component the mean at each position and, in the last row, over all tokens, [position + 1, d_model], float64."""
+def _mean_tables(
+    lm: LanguageModel, ids: list[list[int]], labels: list[str], batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Per component the mean at each position and, in the last row, over all tokens: [position + 1, d_model]."""
     width = max(map(len, ids))
     sums = {label: torch.zeros(width, lm.d_model, dtype=torch.float64) for label in labels}
     counts = torch.zeros(width, dtype=torch.float64)
     for _, mask, write in iterate_writes(lm, ids, labels, batch_size):
-        counts[:mask.shape[1]] += mask.sum(0).cpu().double()
+        counts[: mask.shape[1]] += mask.sum(0).cpu().double()
         for label in labels:
-            sums[label][:mask.shape[1]] += (write(label).double() * mask[..., None]).sum(0).cpu()
+            sums[label][: mask.shape[1]] += (write(label).double() * mask[..., None]).sum(0).cpu()
     tables = {}
     for label, total in sums.items():
         overall = total.sum(0, keepdim=True) / counts.sum()
@@ -246,8 +265,9 @@ def _mean_tables(lm: LanguageModel, ids: list[list[int]], labels: list[str], bat
     return tables
 
 
-def _nearest_values(lm: LanguageModel, ids: list[list[int]], means: dict[str, torch.Tensor],
-                    batch_size: int) -> dict[str, torch.Tensor]:
+def _nearest_values(
+    lm: LanguageModel, ids: list[list[int]], means: dict[str, torch.Tensor], batch_size: int
+) -> dict[str, torch.Tensor]:
     """For each entry of the mean tables the observed value nearest to it (the first one on ties), float64."""
     best = {label: torch.full_like(table, torch.inf) for label, table in means.items()}
     donors = {label: table.clone() for label, table in means.items()}
@@ -255,14 +275,16 @@ def _nearest_values(lm: LanguageModel, ids: list[list[int]], means: dict[str, to
         for label, table in means.items():
             values = write(label).double().cpu()
             for row in range(values.shape[0]):
-                real = values[row, :int(mask[row].sum())]
+                real = values[row, : int(mask[row].sum())]
                 _keep_nearer(best[label], donors[label], table, real, slice(0, real.shape[0]))
                 overall = (real - table[-1]).abs().argmin(0, keepdim=True)
                 _keep_nearer(best[label], donors[label], table, real.gather(0, overall), slice(-1, None))
     return donors
 
 
-def _keep_nearer(best: torch.Tensor, donors: torch.Tensor, table: torch.Tensor, values: torch.Tensor, rows: slice) -> None:
+def _keep_nearer(
+    best: torch.Tensor, donors: torch.Tensor, table: torch.Tensor, values: torch.Tensor, rows: slice
+) -> None:
     distance = (values - table[rows]).abs()
     nearer = distance < best[rows]
     best[rows] = torch.where(nearer, distance, best[rows])
@@ -270,7 +292,7 @@ def _keep_nearer(best: torch.Tensor, donors: torch.Tensor, table: torch.Tensor, 
 
 
 def _all_writes(lm: LanguageModel, ids: list[list[int]], labels: list[str], batch_size: int) -> dict[str, torch.Tensor]:
-    """Every reference token's write, [reference, position, d_model]; after its end a reference repeats its last token."""
+    """Every reference token's write, [reference, position, d_model]; past its end a reference repeats its last."""
     width = max(map(len, ids))
     tables = {label: torch.zeros(len(ids), width, lm.d_model) for label in labels}
     for chosen, mask, write in iterate_writes(lm, ids, labels, batch_size):

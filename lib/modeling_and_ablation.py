@@ -168,7 +168,6 @@ class LanguageModel:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str, revision: str | None = None) -> None:
-        import torch
         from torch import nn
         from transformers import GenerationConfig
 
@@ -195,8 +194,9 @@ class LanguageModel:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.stop_token_ids = _stop_tokens(model, tokenizer)
         # A checkpoint's own generation settings (sampling, repetition penalty) must not leak into greedy answers.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self.stop_token_ids) or None,
-                                                   pad_token_id=self.pad_token_id, do_sample=False)
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.stop_token_ids) or None, pad_token_id=self.pad_token_id, do_sample=False
+        )
 
     @property
     def pad_token_id(self) -> int:
@@ -263,8 +263,9 @@ class LanguageModel:
         """Text of generated tokens, special tokens left out, spaces kept."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, *, batch_size: int = 64,
-                 report: Report | None = None) -> list[Generation]:
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, *, batch_size: int = 64, report: Report | None = None
+    ) -> list[Generation]:
         """Greedy answers in the order of the prompts.
 
         Prompts are batched by length, so little is padded; a batch that does not fit into memory is halved.
@@ -277,12 +278,14 @@ class LanguageModel:
         bar = report.progress(order, unit="prompt", desc="answers") if report else iter(order)
         start = 0
         while start < len(order):
-            chosen = order[start:start + batch_size]
+            chosen = order[start : start + batch_size]
             try:
                 batch = self._generate_batch([ids[i] for i in chosen], max_new_tokens)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if batch_size == 1:
-                    raise UserError("one prompt does not fit into memory; use a smaller model or --dtype bfloat16") from error
+                    raise UserError(
+                        "one prompt does not fit into memory; use a smaller model or --dtype bfloat16"
+                    ) from error
                 batch_size = (batch_size + 1) // 2
                 continue
             answers.update(zip(chosen, batch, strict=True))
@@ -299,11 +302,12 @@ class LanguageModel:
         tokens = torch.full((len(ids), width), self.pad_token_id)
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(ids):
-            tokens[row, width - len(prompt):] = torch.tensor(prompt)
-            mask[row, width - len(prompt):] = 1
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         with torch.inference_mode():
-            full = self.model.generate(tokens.to(self.device), attention_mask=mask.to(self.device),
-                                       max_new_tokens=max_new_tokens)
+            full = self.model.generate(
+                tokens.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens
+            )
         return [self.generation(row) for row in full[:, width:].tolist()]
 
     def generation(self, ids: Sequence[int]) -> Generation:
@@ -316,7 +320,11 @@ class LanguageModel:
 
 def _stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Every token that the checkpoint declares as the end of an answer."""
-    declared = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
+    declared = [
+        getattr(model.generation_config, "eos_token_id", None),
+        model.config.eos_token_id,
+        tokenizer.eos_token_id,
+    ]
     tokens: set[int] = set()
     for item in declared:
         tokens.update(item if isinstance(item, list | tuple) else [] if item is None else [item])
@@ -340,8 +348,9 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_language_model(ai_model: str, *, device: str = "auto", dtype: str = "float32",
-                        cache_dir: str | Path | None = None) -> LanguageModel:
+def load_language_model(
+    ai_model: str, *, device: str = "auto", dtype: str = "float32", cache_dir: str | Path | None = None
+) -> LanguageModel:
     """Load `--ai_model`: hub id (optionally `@step<N>`), local folder, .gguf file, or the packaged default.
 
     Raises:
@@ -356,13 +365,19 @@ def load_language_model(ai_model: str, *, device: str = "auto", dtype: str = "fl
     place: str | Path = source.folder or source.name
     if source.gguf is not None:
         place = converted_folder(source.gguf, Path(cache_dir) if cache_dir else None)
-    options: dict[str, Any] = {} if source.gguf or source.folder else {"revision": source.revision or "main", "cache_dir": cache_dir}
-    hint = ("cannot load the model" if source.folder or source.gguf
-            else "cannot load the model (a hub id needs network access once; is the name right?)")
+    options: dict[str, Any] = (
+        {} if source.gguf or source.folder else {"revision": source.revision or "main", "cache_dir": cache_dir}
+    )
+    hint = (
+        "cannot load the model"
+        if source.folder or source.gguf
+        else "cannot load the model (a hub id needs network access once; is the name right?)"
+    )
     with _library_errors(f"{hint} {ai_model!r}"), _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=_attention(place, options),
-                                                     **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=getattr(torch, dtype), attn_implementation=_attention(place, options), **options
+        )
     return LanguageModel(model.to(target_device), tokenizer, ai_model, source.revision)
 
 

@@ -103,11 +103,13 @@ def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec) -> Score
     folder = Path(features_scores_dir)
     path = folder / "scores.csv"
     text_columns = {task.DEFAULT_INPUT: str, task.DEFAULT_OUTPUT: str}
-    frame = read_csv(path, "feature table (stage 2)", converters={name: str for name in text_columns})
+    frame = read_csv(path, "feature table (stage 2)", converters=dict.fromkeys(text_columns, str))
     needed = [task.DEFAULT_INPUT, *task.DEFAULT_TARGETS]
     missing = [name for name in needed if name not in frame.columns]
     if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}; is it a table of this task ({type(task).__name__})?")
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}; is it a table of this task ({type(task).__name__})?"
+        )
     if frame.empty:
         raise UserError(f"{path} has no rows; run stage 2 again")
     for name in task.DEFAULT_TARGETS:
@@ -118,7 +120,9 @@ def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec) -> Score
     if "is_test" in frame.columns:
         frame["is_test"] = _as_boolean(frame["is_test"], "is_test", path).fillna(False).astype(bool)
         is_test = frame["is_test"].to_numpy(dtype=bool)
-    return ScoresTable(frame, task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, tuple(task.DEFAULT_TARGETS), feature_names, is_test, path)
+    return ScoresTable(
+        frame, task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, tuple(task.DEFAULT_TARGETS), feature_names, is_test, path
+    )
 
 
 def _feature_columns(path: Path, frame: pd.DataFrame, task: FeatureTaskSpec) -> list[str]:

@@ -36,16 +36,37 @@ def tiny_tokenizer(*, with_bos: bool = False) -> PreTrainedTokenizerFast:
         from tokenizers.processors import TemplateProcessing
 
         tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>",
-                                   pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+    )
 
 
 def _network(family: str, n_layers: int, d_model: int, vocab_size: int) -> PreTrainedModel:
-    rope = {"max_position_embeddings": 128, "vocab_size": vocab_size, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 3}
-    llama = {"hidden_size": d_model, "intermediate_size": 2 * d_model, "num_hidden_layers": n_layers,
-             "num_attention_heads": 4, "num_key_value_heads": 2, **rope}
-    gpt = {"n_positions": 128, "n_embd": d_model, "n_layer": n_layers, "n_head": 4, "vocab_size": vocab_size,
-           "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 3}
+    rope = {
+        "max_position_embeddings": 128,
+        "vocab_size": vocab_size,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    llama = {
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **rope,
+    }
+    gpt = {
+        "n_positions": 128,
+        "n_embd": d_model,
+        "n_layer": n_layers,
+        "n_head": 4,
+        "vocab_size": vocab_size,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "pad_token_id": 3,
+    }
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**llama))
     if family == "qwen2":
@@ -56,7 +77,9 @@ def _network(family: str, n_layers: int, d_model: int, vocab_size: int) -> PreTr
 
 
 @functools.lru_cache(maxsize=16)
-def tiny_model(family: str, seed: int = 0, *, n_layers: int = 3, d_model: int = 16, with_bos: bool = False) -> LanguageModel:
+def tiny_model(
+    family: str, seed: int = 0, *, n_layers: int = 3, d_model: int = 16, with_bos: bool = False
+) -> LanguageModel:
     """A random model of the family with weights large enough that ablating a coordinate changes answers."""
     tokenizer = tiny_tokenizer(with_bos=with_bos)
     generator = torch.Generator().manual_seed(seed)

@@ -18,10 +18,19 @@ PROMPTS = ["1+2=", "10+20=", "7*8=", "123-4=", "9/3=", "a, b", "5", "2+3=5; 4+4=
 REFERENCES = ["3+4=", "11-5=", "6*7=", "100+1=", "8/2=", "c"]
 
 
-def make_engine(lm, intervention, *, decode_only=True, scope=DecodeScope.ANSWER, max_new_tokens=4, memory_mb=64, seed=0):
+def make_engine(
+    lm, intervention, *, decode_only=True, scope=DecodeScope.ANSWER, max_new_tokens=4, memory_mb=64, seed=0
+):
     table = build_table(lm, intervention, REFERENCES, max_new_tokens=max_new_tokens, prompts=PROMPTS, seed=seed)
-    return AblationEngine(lm, PROMPTS, table, max_new_tokens=max_new_tokens, decode_only=decode_only, decode_scope=scope,
-                          memory_mb=memory_mb)
+    return AblationEngine(
+        lm,
+        PROMPTS,
+        table,
+        max_new_tokens=max_new_tokens,
+        decode_only=decode_only,
+        decode_scope=scope,
+        memory_mb=memory_mb,
+    )
 
 
 def random_groups(lm, seed, n_groups, *, with_heads=True):
@@ -45,8 +54,16 @@ def assert_equal_to_naive(lm, engine, groups, datapoints, *, decode_only, scope,
     n_changed = 0
     for g, group in enumerate(groups):
         for column, datapoint in enumerate(datapoints):
-            expected = naive_answer(lm, PROMPTS[datapoint], datapoint, group, engine.table, max_new_tokens=max_new_tokens,
-                                    decode_only=decode_only, scope=scope)
+            expected = naive_answer(
+                lm,
+                PROMPTS[datapoint],
+                datapoint,
+                group,
+                engine.table,
+                max_new_tokens=max_new_tokens,
+                decode_only=decode_only,
+                scope=scope,
+            )
             actual = result.texts.get((g, column), engine.baseline_answers[datapoint])
             assert actual == expected, (group, PROMPTS[datapoint])
             assert result.changed[g, column] == ((g, column) in result.texts)
@@ -69,8 +86,13 @@ def test_answers_equal_naive_hooks(family, intervention, mode):
 
 
 @settings(max_examples=12, deadline=None)
-@given(family=st.sampled_from(FAMILIES), seed=st.integers(0, 10_000), intervention=st.sampled_from(list(Intervention)),
-       mode=st.sampled_from(["answer", "generated", "whole"]), with_bos=st.booleans())
+@given(
+    family=st.sampled_from(FAMILIES),
+    seed=st.integers(0, 10_000),
+    intervention=st.sampled_from(list(Intervention)),
+    mode=st.sampled_from(["answer", "generated", "whole"]),
+    with_bos=st.booleans(),
+)
 def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos):
     decode_only = mode != "whole"
     scope = DecodeScope.GENERATED if mode == "generated" else DecodeScope.ANSWER
