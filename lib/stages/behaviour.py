@@ -1,0 +1,205 @@
+"""Stage 1: a task's prompts, the model's answers, their labels, and what they look like in numbers."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.artifacts import (
+    StageRecord,
+    exclusive,
+    file_digest,
+    json_text,
+    plain,
+    read_json,
+    read_pickle,
+    write_json,
+    write_pickle,
+)
+from lib.cli import Report, UserError
+from lib.task_spec import FeatureTaskSpec, resolve_task_spec
+
+if TYPE_CHECKING:
+    from lib.modeling_and_ablation import LanguageModel
+
+STAGE = "1_generate_prompts_and_answers"
+STATISTICS_FILE = "dataset_stats.json"
+PROMPTS_PER_SHARD = 256
+
+
+def answers_record_path(cache_path: str | Path) -> Path:
+    """Where the record of a cache of answers is: beside it."""
+    cache_path = Path(cache_path)
+    return cache_path.with_name(f"{cache_path.stem}.run_metadata.json")
+
+
+def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:
+    """The task as stage 1 ran it for this cache; with its defaults if the cache has no record (an older archive).
+
+    Raises:
+        UserError: the cache was made by another task.
+    """
+    task = resolve_task_spec(module)
+    path = answers_record_path(cache_path)
+    if not path.is_file():
+        return task
+    settings = read_json(path, "record of stage 1")["settings"]
+    if settings["task_module"] != module:
+        raise UserError(f"{cache_path} holds answers of the task {settings['task_module']}, not {module}; "
+                        "give the same --task_module as in stage 1")
+    return task.configured(task.Settings.from_json(settings["task_settings"]))
+
+
+@dataclass(frozen=True)
+class BehaviourCache:
+    """The cache of answers that stage 1 loads or makes."""
+
+    task: FeatureTaskSpec
+    path: Path
+    record: StageRecord
+    seed: int
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> BehaviourCache:
+        """The cache that the flags of stage 1 ask for."""
+        from lib.modeling_and_ablation import model_identity
+
+        task = resolve_task_spec(args.task_module)
+        task = task.configured(task.Settings.from_arguments(args))
+        path = Path(args.prompts_answers_pkl_file)
+        settings = {"task_module": args.task_module, "task_settings": task.settings.to_json(),
+                    "model": model_identity(args.ai_model), "dtype": args.dtype, "decoding": "greedy",
+                    "seed": args.seed if task.depends_on_seed else None}
+        record = StageRecord(STAGE, settings, task.input_files(), answers_record_path(path))
+        return cls(task, path, record, args.seed)
+
+    @property
+    def parts_dir(self) -> Path:
+        """Answers of an unfinished run."""
+        return self.path.with_name(f"{self.path.stem}.parts") / self.record.fingerprint[:16]
+
+    def is_usable(self, report: Report) -> bool:
+        """True if the cache is there and answers what is asked; False if it is to be made.
+
+        Raises:
+            UserError: it is there, but made with other settings or changed since.
+        """
+        if not self.path.is_file():
+            return False
+        stored = self.record.stored()
+        if stored is None:
+            if self.parts_dir.is_dir():
+                return False  # Interrupted between writing the cache and its record: made again from the parts.
+            report.line(f"{self.path} has no record of how it was made (an archived cache): used as it is")
+            return True
+        differences = _differences(stored.get("settings", {}), plain(self.record.settings))
+        differences += [f"content of the {name}" for name, path in self.record.inputs.items()
+                        if stored.get("inputs", {}).get(name) != file_digest(path)]
+        if differences:
+            raise UserError(f"{self.path} was made with other settings ({'; '.join(differences)}); "
+                            "use --force to make it again, or another --prompts_answers_pkl_file")
+        if stored.get("outputs", {}).get(self.path.name) != file_digest(self.path):
+            raise UserError(f"{self.path} was changed after stage 1 wrote it; use --force to make it again, "
+                            f"or delete {self.record.metadata_path} to use it as it is")
+        return True
+
+    def make(self, load_model: Callable[[], LanguageModel], batch_size: int, report: Report) -> None:
+        """Answer every prompt, label the answers, write the cache and its record."""
+        started = time.time()
+        examples = self.task.examples(self.seed)
+        if not examples:
+            raise UserError(f"the task {self.task.NAME} has no prompts with these settings")
+        with exclusive(self.path.parent):
+            answers = answer_in_shards([example[self.task.DEFAULT_INPUT] for example in examples], load_model,
+                                       self.task.MAX_NEW_TOKENS, batch_size, self.parts_dir, report)
+            write_pickle(self.path, self.task.cache_from_answers(examples, answers))
+            self.record.finish([self.path], started=started, summary={"n_prompts": len(examples)})
+            shutil.rmtree(self.parts_dir.parent)
+
+    def statistics(self) -> dict[str, Any]:
+        """The task's statistics of the labelled answers."""
+        cache = read_pickle(self.path, "cache of answers (stage 1)")
+        return plain(self.task.get_basic_statistics(self.task.dataset_from_cache(cache)))
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ, as `name: stored, asked for now`."""
+    found = []
+    for name in sorted({*stored, *asked}):
+        old, new = stored.get(name), asked.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}: {old!r}, asked for {new!r}")
+    return found
+
+
+def answer_in_shards(prompts: list[str], load_model: Callable[[], LanguageModel], max_new_tokens: int, batch_size: int,
+                     parts_dir: Path, report: Report) -> list[str]:
+    """The model's answer to each prompt, in order.
+
+    Prompts are taken by length, so that batches need little padding. Each shard is written when it is answered; a later
+    call with the same folder goes on behind the last one, and loads no model if nothing is left.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    n_done = _n_answered(parts_dir)
+    if n_done:
+        report.line(f"{n_done} of {len(prompts)} answers are there from an interrupted run")
+    if n_done < len(order):
+        model = load_model()
+        size = max(PROMPTS_PER_SHARD, batch_size)
+        shards = [(start, order[start:start + size]) for start in range(n_done, len(order), size)]
+        for start, shard in report.progress(shards, unit="shard", desc="answers"):
+            generations = model.generate([prompts[index] for index in shard], max_new_tokens, batch_size=batch_size)
+            write_json(_part(parts_dir, start), [generation.answer for generation in generations], indent=None)
+    return _collect(parts_dir, order)
+
+
+def _part(parts_dir: Path, start: int) -> Path:
+    return parts_dir / f"answers_{start:08d}.json"
+
+
+def _n_answered(parts_dir: Path) -> int:
+    """How many answers the parts hold without a gap from the start."""
+    n_done = 0
+    while _part(parts_dir, n_done).is_file():
+        n_done += len(read_json(_part(parts_dir, n_done), "answers of an interrupted run"))
+    return n_done
+
+
+def _collect(parts_dir: Path, order: list[int]) -> list[str]:
+    """All answers from the parts, in the order of the prompts."""
+    by_length: list[str] = []
+    while len(by_length) < len(order):
+        by_length += read_json(_part(parts_dir, len(by_length)), "answers of an interrupted run")
+    answers = [""] * len(order)
+    for index, answer in zip(order, by_length, strict=True):
+        answers[index] = answer
+    return answers
+
+
+def generate_prompts_and_answers(args: argparse.Namespace, report: Report) -> None:
+    """Run stage 1: load or make the cache, print its statistics and write them where asked."""
+    from lib.modeling_and_ablation import load_language_model
+
+    cache = BehaviourCache.from_arguments(args)
+    if args.force or not cache.is_usable(report):
+        cache.make(lambda: load_language_model(args.ai_model, device=args.device, dtype=args.dtype,
+                                               cache_dir=args.ai_model_cache_dir), args.batch_size, report)
+    else:
+        report.line(f"stage 1 is up to date: {cache.path}")
+    statistics = cache.statistics()
+    report.heading("Basic Statistics")
+    report.line(json_text(statistics))
+    if args.stats_json_out:
+        _write_if_changed(Path(args.stats_json_out) / STATISTICS_FILE, statistics)
+
+
+def _write_if_changed(path: Path, statistics: dict[str, Any]) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != json_text(statistics) + "\n":
+        write_json(path, statistics)

@@ -1,0 +1,1 @@
+"""Built-in tasks: `lib.tasks.<name>_task` exposes `TASK_SPEC`."""
