@@ -1,0 +1,91 @@
+"""In which order candidates stand, and which trees are searched over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+
+class SearchOrder(Enum):
+    """How candidates are arranged for the search."""
+
+    BISECT = "bisect"
+    """Published: one tree per layer over its candidates in random order, the root split by score sign if wanted."""
+
+    ATTRIBUTION = "attribution"
+    """One forest over all layers, strongest |attribution| first within each sign: strong candidates share subtrees."""
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Candidates in a row, and the trees over them: a node is a span of the row.
+
+    order: candidate index at each place, [place]. starts, ends: span of each root, [root]. cuts: place where a root is
+    split, or NO_CUT for the middle, [root]. cut_names: why it is split there, [root]. shown: the order in which a root
+    lists its members where that differs from `order`.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    cuts: np.ndarray
+    cut_names: tuple[str, ...]
+    shown: Mapping[int, np.ndarray]
+
+    @property
+    def n_candidates(self) -> int:
+        """Number of candidates."""
+        return len(self.order)
+
+
+NO_CUT = -1
+PLAIN_CUT = "bisect"
+
+
+def bisect_forest(layers: Sequence[np.ndarray], scores: np.ndarray, has_scores: np.ndarray,
+                  generators: Sequence[np.random.Generator], *, sign_split: bool) -> Forest:
+    """One tree per layer over its candidates in random order.
+
+    layers: candidate indices of each layer. scores: signed attribution, 0 where missing, [candidate]. has_scores: the
+    layer has any score, [layer]. generators: one random stream per layer. sign_split: the root's halves are the
+    candidates with scores >= 0 and those below; each keeps the random order.
+    """
+    rows, cuts, names, shown = [], [], [], {}
+    start = 0
+    for number, (members, generator) in enumerate(zip(layers, generators, strict=True)):
+        shuffled = generator.permutation(members)
+        cut, name = NO_CUT, PLAIN_CUT
+        if sign_split and has_scores[number]:
+            negative = scores[shuffled] < 0
+            n_first = int((~negative).sum())
+            name = "bisect_fallback"
+            if 0 < n_first < len(shuffled):
+                shown[number] = shuffled
+                shuffled = np.concatenate([shuffled[~negative], shuffled[negative]])
+                cut, name = start + n_first, "score_sign"
+        rows.append(shuffled)
+        cuts.append(cut)
+        names.append(name)
+        start += len(shuffled)
+    sizes = np.array([len(row) for row in rows], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    order = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    return Forest(order, ends - sizes, ends, np.array(cuts, dtype=np.int64), tuple(names), shown)
+
+
+def attribution_forest(scores: np.ndarray, *, sign_split: bool = True) -> Forest:
+    """One row of all candidates, strongest first within each sign; ties keep their order. One tree per sign.
+
+    scores: signed attribution, 0 where missing, [candidate].
+    """
+    by_strength = np.argsort(-np.abs(scores), kind="stable")
+    negative = scores[by_strength] < 0
+    parts = [by_strength[~negative], by_strength[negative]] if sign_split else [by_strength]
+    parts = [part for part in parts if len(part)]
+    sizes = np.array([len(part) for part in parts], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return Forest(order, ends - sizes, ends, np.full(len(parts), NO_CUT), (PLAIN_CUT,) * len(parts), {})
