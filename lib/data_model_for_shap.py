@@ -17,6 +17,8 @@ from lib.rule_atoms import RankedTable
 if TYPE_CHECKING:
     import xgboost
 
+# Coarse bins suffice for the trees' structure: the search moves every cut to its exact place afterwards.
+N_BINS = 64
 OPENMP_HINT = "XGBoost cannot be loaded; on macOS install OpenMP with: brew install libomp"
 
 
@@ -61,10 +63,10 @@ def fit_trees(table: RankedTable, y: np.ndarray, settings: TreeSettings, seed: i
     """
     xgb = import_xgboost()
     options = {"feature_weights": importance} if importance is not None else {}
-    matrix = xgb.QuantileDMatrix(table.ranks.T.astype(np.float32), y, weight=weight, max_bin=256,
+    matrix = xgb.QuantileDMatrix(table.ranks.T.astype(np.float32), y, weight=weight, max_bin=N_BINS,
                                  nthread=settings.n_jobs, **options)
     parameters = {
-        "objective": "binary:logistic" if logistic else "reg:squarederror", "tree_method": "hist", "max_bin": 256,
+        "objective": "binary:logistic" if logistic else "reg:squarederror", "tree_method": "hist", "max_bin": N_BINS,
         "max_depth": settings.max_depth, "eta": settings.learning_rate, "subsample": settings.subsample,
         "colsample_bynode": max(settings.share_of_features, 1 / table.n_features), "min_child_weight": 1.0 if logistic else 2.0,
         "lambda": 1.0, "nthread": settings.n_jobs, "seed": seed, "verbosity": 0}

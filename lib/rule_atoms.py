@@ -46,11 +46,13 @@ def rule_cost(literals: RuleSet) -> int:
 
 def merged_atoms(atoms: Iterable[Atom]) -> tuple[Atom, ...]:
     """Sorted atoms, only the tightest bound of each feature and side."""
-    tightest: dict[tuple[int, bool], int] = {}
-    for feature, above, cut in atoms:
-        held = tightest.get((feature, above))
-        tightest[feature, above] = cut if held is None else (max(held, cut) if above else min(held, cut))
-    return tuple(sorted(Atom(feature, above, cut) for (feature, above), cut in tightest.items()))
+    tightest: dict[tuple[int, bool], Atom] = {}
+    for atom in atoms:
+        key = atom[:2]
+        held = tightest.get(key)
+        if held is None or (atom.cut > held.cut) == atom.above:
+            tightest[key] = atom
+    return tuple(sorted(tightest.values()))
 
 
 @dataclass(frozen=True)

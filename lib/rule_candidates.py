@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.data_model_for_shap import TreeNodes
-from lib.rule_atoms import Atom, Literal, RankedTable, merged_atoms, quantile_cuts
+from lib.rule_atoms import Atom, Literal, RankedTable, RuleSet, merged_atoms, quantile_cuts
 from lib.rule_masks import TargetRows, row_hashes, unpack
 
 _BLOCK = 4096
@@ -20,14 +20,11 @@ _BLOCK = 4096
 class CandidateTable:
     """Literals with what is known of them; all arrays are [candidate].
 
-    n_true, n_fire: (weighted) positives and rows covered. gain_sum, gain_max: split gains of the literal's conditions in
-    the first tree path that held them, 0 for literals that come from no tree. coefficient: of the L1 step, 0 if the
-    literal was screened before or dropped by it.
+    gain_sum, gain_max: split gains of the literal's conditions in the first tree path that held them, 0 for literals that
+    come from no tree. coefficient: of the L1 step, 0 if the literal was screened before or dropped by it.
     """
 
     literals: list[Literal]
-    n_true: np.ndarray
-    n_fire: np.ndarray
     gain_sum: np.ndarray
     gain_max: np.ndarray
     coefficient: np.ndarray
@@ -35,10 +32,23 @@ class CandidateTable:
     def __len__(self) -> int:
         return len(self.literals)
 
-    def take(self, index: np.ndarray) -> CandidateTable:
-        """Some candidates, in the order of `index`."""
-        return CandidateTable([self.literals[i] for i in index], self.n_true[index], self.n_fire[index],
-                              self.gain_sum[index], self.gain_max[index], self.coefficient[index])
+    def including(self, literals: RuleSet) -> CandidateTable:
+        """These candidates and the literals that are not among them: those whose cuts the search has moved.
+
+        A moved literal takes what is known of the first candidate with the same features and sides, or zeros.
+        """
+        new = [literal for literal in literals if literal not in self.literals]
+        shapes: dict[object, int] = {}
+        for index, literal in enumerate(self.literals):
+            shapes.setdefault(_shape(literal), index)
+        origin = [shapes.get(_shape(literal)) for literal in new]
+        columns = (np.append(column, [0.0 if index is None else column[index] for index in origin])
+                   for column in (self.gain_sum, self.gain_max, self.coefficient))
+        return CandidateTable(self.literals + new, *columns)
+
+
+def _shape(literal: Literal) -> object:
+    return literal.negated, tuple(atom[:2] for atom in literal.atoms)
 
 
 def path_conjunctions(trees: Iterable[TreeNodes], max_conditions: int) -> dict[tuple[Atom, ...], tuple[float, float]]:
@@ -119,9 +129,7 @@ def scored_candidates(conjunctions: dict[tuple[Atom, ...], tuple[float, float]],
     # A single negated condition is simply the opposite condition.
     literals = [_opposite(ordered[i]) if against else Literal(ordered[i]) for i, against in zip(index, negated, strict=True)]
     gains = np.array([conjunctions[ordered[i]] for i in index]).reshape(-1, 2)
-    return CandidateTable(
-        literals, np.where(negated, target.total_positive - n_true[index], n_true[index]),
-        np.where(negated, target.total - n_fire[index], n_fire[index]), gains[:, 0], gains[:, 1], np.zeros(len(index)))
+    return CandidateTable(literals, gains[:, 0], gains[:, 1], np.zeros(len(index)))
 
 
 def _opposite(atoms: tuple[Atom, ...]) -> Literal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class Sample:
 def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
     """Grow trees, weigh features, gather candidates, search. Deterministic for a seed."""
     if sample.is_constant or all(len(values) < 2 for values in sample.table.values):
-        return Induction(RulePath(), CandidateTable([], *(np.zeros(0) for _ in range(5))), None)
+        return Induction(RulePath(settings.limits.max_cost), CandidateTable([], *(np.zeros(0) for _ in range(3))), None)
     booster = _trees(sample, settings, derived_seed(seed, "trees"), None)
     boosters, shap = [booster], None
     if settings.needs_shap:
@@ -93,8 +93,7 @@ def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
     coefficient = l1_coefficients(candidates, sample.table, sample.target, n_best=settings.n_screened,
                                   max_rows=settings.screen_rows,
                                   weights=shap.weights if shap is not None and settings.use_shap_in_lasso else None)
-    candidates = CandidateTable(candidates.literals, candidates.n_true, candidates.n_fire, candidates.gain_sum,
-                                candidates.gain_max, coefficient)
+    candidates = replace(candidates, coefficient=coefficient)
     search = RuleSearch(sample.table, sample.target, settings.limits)
     return Induction(search.path(_pool(candidates, settings)), candidates, shap)
 
@@ -137,7 +136,7 @@ def validate(sample: Sample, settings: InductionSettings, seed: int, *, n_splits
 
     def fit_path(rows: np.ndarray) -> list[RuleSet]:
         found = induce(sample.rows(rows), settings, derived_seed(seed, "inner fold"))
-        return [literals for _, literals in found.path.monotone(max_cost)]
+        return [literals for _, literals in found.path.monotone()]
 
     predictions = out_of_fold(fit_path, lambda literals, rows: sample.table.rows(rows).rule_mask(literals), folds,
                               max_cost + 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib.rule_atoms import Atom, Literal, RankedTable, RuleSet, merged_atoms, quantile_cuts, rule_cost
-from lib.rule_masks import TargetRows, unpack
+from lib.rule_masks import TargetRows, pack, unpack
 
 _EPSILON = 1e-9
 
@@ -30,13 +30,16 @@ class SearchLimits:
 
 @dataclass
 class RulePath:
-    """The best rule found for each cost: [cost] -> (score, literals). Cost 0 is the empty rule, score 0."""
+    """The best rule found for each cost up to `max_cost`: (score, literals). Cost 0 is the empty rule, score 0."""
 
+    max_cost: int
     best: dict[int, tuple[float, RuleSet]] = field(default_factory=lambda: {0: (0.0, ())})
 
     def offer(self, score: float, literals: RuleSet) -> bool:
         """Keep the rule if it beats the best of its cost; of equals, fewer literals, then the first in atom order."""
         cost = rule_cost(literals)
+        if cost > self.max_cost:
+            return False
         held = self.best.get(cost)
         if held is not None and score < held[0] + _EPSILON and (
                 score < held[0] - _EPSILON or _order_key(literals) >= _order_key(held[1])):
@@ -44,10 +47,10 @@ class RulePath:
         self.best[cost] = (score, literals)
         return True
 
-    def monotone(self, max_cost: int) -> list[tuple[float, RuleSet]]:
+    def monotone(self) -> list[tuple[float, RuleSet]]:
         """Best rule of at most each cost, 0..max_cost; a longer one must be strictly better."""
         path = [self.best[0]]
-        for cost in range(1, max_cost + 1):
+        for cost in range(1, self.max_cost + 1):
             held = self.best.get(cost)
             path.append(held if held is not None and held[0] > path[-1][0] + _EPSILON else path[-1])
         return path
@@ -62,9 +65,7 @@ class RuleSearch:
 
     def __init__(self, table: RankedTable, target: TargetRows, limits: SearchLimits) -> None:
         self.table, self.target, self.limits = table, target, limits
-        self.atoms = [Atom(feature, above, int(cut)) for feature in range(table.n_features)
-                      for cut in quantile_cuts(table.ranks[feature], limits.bank_cuts) for above in (False, True)]
-        self.bank = np.stack([table.bits(atom) for atom in self.atoms]) if self.atoms else None
+        self.atoms, self.bank = _atom_bank(table, target.all_bits, limits.bank_cuts)
 
     def bits(self, literal: Literal) -> np.ndarray:
         """Rows of a literal, packed [word]."""
@@ -81,7 +82,7 @@ class RuleSearch:
 
     def path(self, pool: list[Literal]) -> RulePath:
         """The best rule for each cost."""
-        path = RulePath()
+        path = RulePath(self.limits.max_cost)
         self._beam(path, pool)
         self._polish_all(path)
         return path
@@ -131,7 +132,7 @@ class RuleSearch:
         for _ in range(self.limits.max_polished):
             waiting = [cost for cost in sorted(path.best) if cost and path.best[cost][1] not in done]
             # What a smaller rule does as well needs no polish.
-            floors = dict(enumerate(score for score, _ in path.monotone(self.limits.max_cost)))
+            floors = dict(enumerate(score for score, _ in path.monotone()))
             waiting = [cost for cost in waiting if path.best[cost][0] > floors[cost - 1] + _EPSILON]
             if not waiting:
                 return
@@ -157,8 +158,7 @@ class RuleSearch:
 
     def _offer(self, path: RulePath, rest: RuleSet, literal: Literal) -> None:
         changed = tuple(sorted({*rest, literal}))
-        if rule_cost(changed) <= self.limits.max_cost:
-            path.offer(self.score(changed), changed)
+        path.offer(self.score(changed), changed)
 
     def _zone(self, others: np.ndarray, kept: tuple[Atom, ...]) -> np.ndarray:
         """Rows that one more condition decides: the kept conditions hold and no other literal fires, packed."""
@@ -172,7 +172,7 @@ class RuleSearch:
 
     def _replace(self, path: RulePath, rest: RuleSet, others: np.ndarray, kept: tuple[Atom, ...], negated: bool) -> None:
         """Add the best atom of the bank to the kept conditions, then move its cut."""
-        if self.bank is None:
+        if not self.atoms:
             return
         zone = self._zone(others, kept)
         base_true, base_fire, sign = self._base(others, negated)
@@ -225,6 +225,17 @@ class RuleSearch:
             in_fire, in_true = in_fire[-1] - in_fire, in_true[-1] - in_true
         scores = self.target.mcc(base_true + sign * in_true[:-1], base_fire + sign * in_fire[:-1])
         return _middle_of_best(scores)
+
+
+def _atom_bank(table: RankedTable, all_bits: np.ndarray, n_cuts: int) -> tuple[list[Atom], np.ndarray]:
+    """Atoms at quantile cuts of every feature, both sides, and their rows, packed [atom, word]."""
+    atoms, bits = [], []
+    for feature in range(table.n_features):
+        cuts = quantile_cuts(table.ranks[feature], n_cuts)
+        below = pack(table.ranks[feature] <= cuts[:, None])
+        atoms += [Atom(feature, above, int(cut)) for above in (False, True) for cut in cuts]
+        bits += [below, all_bits & ~below]
+    return atoms, np.concatenate(bits) if bits else np.zeros((0, len(all_bits)), dtype=np.uint64)
 
 
 def _middle_of_best(scores: np.ndarray) -> int:

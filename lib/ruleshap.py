@@ -17,7 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 
 from lib.data_model_for_shap import ShapStatistics, TreeSettings
-from lib.rule_atoms import RankedTable
+from lib.rule_atoms import Literal, RankedTable
 from lib.rule_candidates import CandidateTable
 from lib.rule_induction import Induction, InductionSettings, Sample, induce, stratified_rows, validate
 from lib.rule_masks import TargetRows
@@ -100,14 +100,16 @@ class _RuleSHAPBase(BaseEstimator):
         found = induce(sample, settings, seed)
         self.validation_: SizeChoice | None = validate(sample, settings, seed, n_splits=self.n_splits, alpha=self.alpha)
         cost = 0 if self.validation_ is None else self.validation_.chosen_cost
-        path = [literals for _, literals in found.path.monotone(settings.limits.max_cost)]
+        path = [literals for _, literals in found.path.monotone()]
         if sample is not everything:
             search = RuleSearch(everything.table, everything.target, SearchLimits(bank_cuts=0))
             path[cost] = search.refined(path[cost])
+        path = [tuple(sorted(literals, key=lambda literal: _rank_of(literal, everything))) for literals in path]
         self.path_: list[Rule] = [everything.table.rule(literals) for literals in path]
         self.rule_: Rule = self.path_[cost]
         self.shap_: ShapStatistics | None = found.shap
-        self.rules_: RuleTable = _rule_table(found.candidates, everything, found.shap)
+        self.rules_: RuleTable = _rule_table(found.candidates.including(path[cost]), everything, found.shap)
+        self.reason_ = "" if cost else _why_no_rule(everything, self.validation_, self.alpha)
         self.feature_importances_ = _importances(found, everything.table.n_features)
         return self._covers(features)
 
@@ -136,7 +138,7 @@ class RuleSHAP(ClassifierMixin, _RuleSHAPBase):
 
     Fitted attributes:
         rule_: the chosen `Rule` (no literal: none is better than chance). rules_: the candidates (`RuleTable`).
-        path_: the best rule of at most each size, from 0. validation_: what inner cross-validation said, or None if a
+        path_: the best rule of at most each size, from 0. reason_: why there is no rule, or "". validation_: what inner cross-validation said, or None if a
         class has a single row. feature_importances_: SHAP weights (without SHAP: split gains), sum 1. shap_: their
         statistics or None.
     """
@@ -223,6 +225,22 @@ def _sample(features: np.ndarray, y: np.ndarray, event: np.ndarray, weight: np.n
     return Sample(RankedTable.of(features[kept], names), y[kept], TargetRows(event[kept], kept_weight), logistic)
 
 
+def _rank_of(literal: Literal, sample: Sample) -> tuple:
+    """Sort key of a rule's literals: the best by itself first."""
+    counts = sample.target.counts(sample.table.literal_bits(literal, sample.target.all_bits))
+    return -round(float(sample.target.mcc(*counts)), 12), literal
+
+
+def _why_no_rule(sample: Sample, checked: SizeChoice | None, alpha: float) -> str:
+    if sample.is_constant:
+        return "the target has one value only"
+    if checked is None:
+        return "too few rows of one class to validate a rule"
+    if checked.p_value > alpha:
+        return f"no rule agrees with unseen rows better than chance (p = {checked.p_value:.2g}, {alpha:g} needed)"
+    return "no rule is better than none by more than a standard error"
+
+
 def _shares(fires: np.ndarray, values: np.ndarray, weight: np.ndarray | None) -> tuple[float, float]:
     """Mean of values where the rule is silent and where it holds; the overall mean for an empty side."""
     weight = np.ones(len(values)) if weight is None else weight
@@ -247,9 +265,10 @@ def _rule_table(candidates: CandidateTable, sample: Sample, shap: ShapStatistics
     table, target = sample.table, sample.target
     conjunctions = [table.conjunction(literal) for literal in candidates.literals]
     counts = [target.counts(table.literal_bits(literal, target.all_bits)) for literal in candidates.literals]
-    n_true, n_fire = np.array(counts, dtype=float).reshape(-1, 2).T
-    scores = RuleScores(n_true, n_fire - n_true, target.total_positive - n_true,
-                        target.total - target.total_positive - n_fire + n_true)
+    n_true, n_fire = np.array(counts, dtype=float if target.weight is not None else int).reshape(-1, 2).T
+    positives, negatives = (n_true.dtype.type(total) for total in (target.total_positive,
+                                                                   target.total - target.total_positive))
+    scores = RuleScores(n_true, n_fire - n_true, positives - n_true, negatives - n_fire + n_true)
     score = np.round(np.atleast_1d(scores.mcc), 12)
     order = np.array(sorted(range(len(conjunctions)), key=lambda i: (
         -score[i], candidates.literals[i].cost, conjunctions[i].text())), dtype=int)
