@@ -54,6 +54,17 @@ class Feature:
                 "fn_name": self.fn_name, "origin": self.origin.value}
 
 
+def per_row(function: Callable[..., float | bool | None], *columns: str) -> NativeFunction:
+    """A native function from one that takes a single row's values of the named columns; None is not applicable."""
+    def native(table: Mapping[str, np.ndarray]) -> np.ndarray:
+        import numpy as np
+
+        results = [function(*values) for values in zip(*(table[name] for name in columns), strict=True)]
+        return np.array([np.nan if value is None else float(value) for value in results])
+
+    return native
+
+
 def assign_columns(labels: Sequence[str], reserved: Iterable[str]) -> list[str]:
     """A column name per label, all different and none of `reserved` (the dataset's own columns).
 

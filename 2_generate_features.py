@@ -1,0 +1,62 @@
+"""Stage 2: describe every prompt by features, hold out a fifth of the rows, keep the features that help.
+
+Features are judged on TRAIN rows only. A feature that does not apply to a prompt counts as 0 there.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.cli import Report, add_task_arguments, stage_main
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of stage 2."""
+    add_task_arguments(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument("--prompts_answers_pkl_file", "-i", required=True, help="cache of answers of stage 1")
+    files.add_argument("--features_scores_dir", "--out_dir", "-o", default="feature_report",
+                       help="folder of the results")
+    files.add_argument("--max_number_of_prompts_to_analyze", "--max_prompts", type=int, default=0,
+                       help="draw this many prompts at random, same share of each label; 0: all")
+    source = parser.add_argument_group("features")
+    source.add_argument("--no_llm_feature_generation", "--no_llm", dest="no_llm", action="store_true", required=True,
+                        help="only the task's own features")
+    source.add_argument("--cache_dir", "-c", default="./cache", help="folder of the cache of model calls")
+    source.add_argument("--num_correct_example_prompts", type=int, default=32, help="positive prompts shown per round")
+    source.add_argument("--num_incorrect_example_prompts", type=int, default=32, help="negative ones")
+    add_filter_arguments(parser.add_argument_group("filters, on TRAIN"))
+
+
+def add_filter_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which features are dropped."""
+    group.add_argument("--drop_high_mad_variance_features", "--drop_high_mad", action="store_true",
+                       help="drop features with far more variance than the others")
+    group.add_argument("--z_thresh", type=float, default=10.0,
+                       help="largest robust z-score of the log variance under --drop_high_mad_variance_features")
+    group.add_argument("--drop_low_predictive_power_features", "--filter_by_metrics", action="store_true",
+                       help="drop features that reach none of the three thresholds below")
+    group.add_argument("--min_auc", type=float, default=0.0, help="AUC in the better direction; 0: not used")
+    group.add_argument("--min_delta", type=float, default=0.2,
+                       help="difference of the class means in standard deviations; 0: not used")
+    group.add_argument("--min_ap_above_base", type=float, default=-1.0,
+                       help="average precision above the share of positives; -1: not used")
+    group.add_argument("--train_ratio", "-t", type=float, default=1.0,
+                       help="share of the TRAIN rows on which the three are measured; 0 or 1: all")
+    group.add_argument("--drop_near_duplicate_features", "--drop_near_dups", action="store_true",
+                       help="drop features correlated with an earlier one that is kept")
+    group.add_argument("--near_duplicate_features_threshold", "--dup_corr_thresh", type=float, default=0.9999,
+                       help="correlation (without sign) from which two features are duplicates; lower drops more")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    """Run the stage."""
+    from lib.feature_extraction_runner import run_stage_2
+
+    run_stage_2(args, report)
+
+
+main = stage_main(add_arguments, run, description=__doc__)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
