@@ -31,7 +31,9 @@ def activation_path_scores(
         scores.mlp[layer] = (change * gradient).double().sum(dim=(0, 1))
     for layer in changes.head_layers:
         change = changes.attention(language_model, layer)
-        gradient = path.mean_gradient(change, lambda edit, layer=layer: {"attention_edits": {layer: edit}})
+        gradient = path.mean_gradient(
+            change, lambda edit, layer=layer: {"attention_edits": {layer: lambda output, _: edit(output)}}
+        )
         scores.heads[layer] = changes.head_scores(language_model, layer, gradient)
     gradient = path.mean_gradient(changes.embedding, None)
     scores.embedding += (changes.embedding * gradient).double().sum(dim=(0, 1))

@@ -124,7 +124,7 @@ def path_direction(batch: PairBatch, settings: AttributionSettings, observation:
 def gradients_at_sites(
     language_model: LanguageModel, loss: torch.Tensor, kept: Activations, settings: AttributionSettings
 ) -> dict[tuple[str, int], torch.Tensor]:
-    """Gradient of the loss, [row, column, d_model], at each site: ("mlp", layer), ("attention", layer), ("embedding", 0)."""
+    """Gradient of the loss, [row, column, d_model], at ("mlp", layer), ("attention", layer) and ("embedding", 0)."""
     at_input = settings.gradient_site is GradientSite.MLP_IN
     mlp_sites = kept.mlp_inputs if at_input else kept.mlp_outputs
     sites = {("embedding", 0): kept.embeddings}

@@ -1,4 +1,4 @@
-"""Exact effects: the metric's change when one unit really is replaced. One run per unit: for small models, few units."""
+"""Exact effects: the metric's change when one unit really is replaced. One run per unit: small models, few units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lib.eap.attribution import clean_yardstick
 from lib.eap.changes import Changes, prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import PairBatch
-from lib.eap.runs import Edit, Observation, Watch, answer_logits, run
+from lib.eap.runs import Observation, Watch, answer_logits, run
 from lib.eap.scores import AttributionSettings, NeuronScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
@@ -38,7 +38,9 @@ class ExactRuns:
         self.n_pairs = batch.n_pairs
         self.clean_value = self._measure(1, self.observation.clean.embeddings, {})
 
-    def _measure(self, n_units: int, embeddings: torch.Tensor, edits: dict[str, dict[int, Edit]]) -> torch.Tensor:
+    def _measure(
+        self, n_units: int, embeddings: torch.Tensor, edits: dict[str, dict[int, Callable[..., torch.Tensor]]]
+    ) -> torch.Tensor:
         """Metric of each pair under each unit's replacement, [pair, unit]."""
         frame = self.observation.frame.repeated(n_units)
         with torch.no_grad():
@@ -64,7 +66,7 @@ class ExactRuns:
     def effect(self, kind: str, layer: int, steps: torch.Tensor, n_units: int = 1) -> torch.Tensor:
         """Metric change summed over pairs when `steps` [pair * unit, column, d_model] is added to a write, [unit]."""
         embeddings = self.observation.clean.embeddings.repeat_interleave(n_units, 0)
-        edits: dict[str, dict[int, Edit]] = {}
+        edits: dict[str, dict[int, Callable[..., torch.Tensor]]] = {}
         if kind == "embedding":
             embeddings = embeddings + steps.to(embeddings.dtype)
         else:
@@ -72,8 +74,8 @@ class ExactRuns:
         return (self._measure(n_units, embeddings, edits) - self.clean_value).double().sum(dim=0)
 
 
-def _adding(steps: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda output: output + steps.to(output.dtype)
+def _adding(steps: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda output, *_: output + steps.to(output.dtype)
 
 
 def exact_neuron_scores(

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lib.modeling_and_ablation import LanguageModel
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
-"""Changes a component's output, [row, column, d_model] -> the same shape."""
+"""Changes an MLP's output, [row, column, d_model] -> the same shape."""
+AttentionEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Changes attention's output [row, column, d_model], given its heads' mixes [row, column, heads * d_head] too."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ def _watching(
     kept: Activations,
     watch: Watch,
     mlp_edits: dict[int, Edit],
-    attention_edits: dict[int, Edit],
+    attention_edits: dict[int, AttentionEdit],
 ) -> Iterator[None]:
     handles = []
 
@@ -108,13 +110,18 @@ def _watching(
                 norm = mlp_norm(language_model, layer)
                 handles.append(norm.register_forward_pre_hook(keep_input(kept.mlp_norm_inputs, layer)))
             if watch.attention or layer in attention_edits:
-                edit = attention_edits.get(layer)
+                edit = _with_mix(attention_edits.get(layer), kept, layer)
                 handles.append(attention.register_forward_pre_hook(keep_input(kept.mixes, layer)))
                 handles.append(attention.register_forward_hook(keep_output(kept.attention_outputs, layer, edit)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_mix(edit: AttentionEdit | None, kept: Activations, layer: int) -> Edit | None:
+    """An attention edit that finds the mixes in what this pass has kept."""
+    return None if edit is None else lambda output: edit(output, kept.mixes[layer])
 
 
 def run(
@@ -124,7 +131,7 @@ def run(
     watch: Watch,
     *,
     mlp_edits: dict[int, Edit] | None = None,
-    attention_edits: dict[int, Edit] | None = None,
+    attention_edits: dict[int, AttentionEdit] | None = None,
     keep_cache: bool = False,
 ) -> tuple[Activations, KeysAndValues | None]:
     """One forward pass over token embeddings [row, column from frame.first, d_model].

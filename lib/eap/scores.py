@@ -110,9 +110,8 @@ class NeuronScores:
         self.n_pairs += other.n_pairs
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Means over pairs, as stored on disk."""
-        n_pairs = max(self.n_pairs, 1)
+        """The sums as numpy arrays, as stored on disk."""
         arrays = {"mlp": self.mlp, "embedding": self.embedding}
         if self.heads is not None:
             arrays["heads"] = self.heads
-        return {name: (tensor / n_pairs).cpu().numpy() for name, tensor in arrays.items()}
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}

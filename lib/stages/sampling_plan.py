@@ -14,11 +14,10 @@ import numpy as np
 from lib import spectral_analysis as spectral
 from lib.artifacts import StageRecord, write_json
 from lib.cli import Report, UserError, rng
-from lib.eap.pairs import sequences
-from lib.modeling_and_ablation import LanguageModel, load_language_model, model_identity
+from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
-from lib.representations import RepresentationSpec, prompt_representations
 from lib.scores_table import ScoresTable, load_scores
+from lib.stages.prompt_space import PromptSpace
 from lib.task_spec import resolve_task_spec
 from lib.text_and_rules import StoredRule, load_rules, rule_file_path
 
@@ -128,40 +127,14 @@ class SamplingPlanner:
         return self.table.subset_rows(self.args.baseline_subset)
 
     @cached_property
-    def language_model(self) -> LanguageModel:
-        """Loaded on first use: with cached representations and no pairing it is never needed."""
-        args = self.args
-        return load_language_model(
-            args.ai_model, device=args.device, dtype=args.dtype, cache_dir=args.ai_model_cache_dir
-        )
-
-    @cached_property
-    def vectors(self) -> np.ndarray:
-        """Representation of every row of scores.csv, [row, width]: one computation serves all subsets and stages."""
-        args = self.args
-        spec = RepresentationSpec(
-            args.spectral_space, args.rep_hook_name, args.rep_pooling, args.max_seq_len, args.dtype
-        )
-        return prompt_representations(
-            args.ai_model,
-            lambda: self.language_model,
-            self.table.prompts,
-            spec,
-            args.spectral_cache_dir,
-            batch_size=args.batch_size,
-            report=self.report,
-        )
+    def space(self) -> PromptSpace:
+        """The prompts as the model sees them."""
+        return PromptSpace(self.args, self.table, self.report)
 
     @cached_property
     def lengths(self) -> Lengths:
         """Token counts of each point's prompt and recorded answer."""
-        frame = self.table.frame.iloc[self.rows]
-        answered = sequences(
-            self.language_model, frame[self.table.prompt_col].tolist(), frame[self.table.output_col].tolist()
-        )
-        return Lengths(
-            np.array([len(item.prompt) for item in answered]), np.array([len(item.answer) for item in answered])
-        )
+        return self.space.lengths(self.rows)
 
     def plan(self, rules: list[StoredRule]) -> dict[str, Any]:
         """The plan as written to disk."""
@@ -171,9 +144,7 @@ class SamplingPlanner:
                 f"{self.table.path} has {len(self.rows)} TRAIN rows in the subset {args.baseline_subset!r}; "
                 "a sample needs at least 2"
             )
-        own = _rows_of(self.vectors, self.rows)
-        axes = spectral.principal_axes(own, args.spectral_dim, rng(args.seed, "stage4", args.baseline_subset, "axes"))
-        self.points = spectral.to_unit_sphere(own, axes)
+        self.points, axes = self.space.points(self.rows, rng(args.seed, "stage4", args.baseline_subset, "axes"))
         self.clusters = None
         if args.use_global_clusters:
             self.clusters = spectral.k_centre(
@@ -378,16 +349,9 @@ class SamplingPlanner:
         return partners, meta
 
     def _pairing_vectors(self, points: np.ndarray) -> np.ndarray:
-        return self.vectors[self.rows[points]]
+        return self.space.vectors[self.rows[points]]
 
     def _pair_distances(self, chosen: np.ndarray, partners: np.ndarray) -> dict[str, Any]:
         difference = self._pairing_vectors(chosen).astype(np.float64) - self._pairing_vectors(partners)
         distances = np.linalg.norm(difference, axis=1)
         return spectral.summarise(distances, 0, rng(self.args.seed, "stage4", "pair distances"))
-
-
-def _rows_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The chosen rows of a (possibly memory-mapped) table, without a copy when they are all of it."""
-    if len(rows) == len(vectors):
-        return vectors
-    return vectors[rows]

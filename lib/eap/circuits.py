@@ -1,0 +1,212 @@
+"""Choosing a circuit from scores: which units, in which order, under the names that files use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class CircuitLevel(Enum):
+    """What a unit of a circuit is."""
+
+    NEURON = "neuron"
+    """One coordinate of a component's write."""
+
+    NODE = "node"
+    """A component: an MLP or an attention head."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Numbering of a model's components: `input`, then layer by layer the heads and the MLP."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    is_parallel: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Components that write, `input` included."""
+        return 1 + self.n_layers * (self.n_heads + 1)
+
+    def mlp_row(self, layer: int) -> int:
+        """Number of a layer's MLP."""
+        return 1 + layer * (self.n_heads + 1) + self.n_heads
+
+    def head_row(self, layer: int, head: int) -> int:
+        """Number of an attention head."""
+        return 1 + layer * (self.n_heads + 1) + head
+
+    def label(self, row: int) -> str:
+        """`input`, `a3.h1` or `m3`."""
+        if row == 0:
+            return "input"
+        layer, place = divmod(row - 1, self.n_heads + 1)
+        return f"m{layer}" if place == self.n_heads else f"a{layer}.h{place}"
+
+    def is_mlp(self) -> np.ndarray:
+        """[row] bool."""
+        rows = np.arange(self.n_rows)
+        return (rows > 0) & ((rows - 1) % (self.n_heads + 1) == self.n_heads)
+
+    def out_degrees(self) -> np.ndarray:
+        """Edges from each component to a later input (a head's query, key or value; an MLP; the logits), [row]."""
+        n_inputs_per_layer = 3 * self.n_heads + 1
+        degrees = np.empty(self.n_rows, dtype=np.int64)
+        degrees[0] = self.n_layers * n_inputs_per_layer + 1
+        for layer in range(self.n_layers):
+            later = (self.n_layers - 1 - layer) * n_inputs_per_layer + 1
+            degrees[self.head_row(layer, 0) : self.mlp_row(layer)] = later + (0 if self.is_parallel else 1)
+            degrees[self.mlp_row(layer)] = later
+        return degrees
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores [component row, d_model] of one job, NaN where a component was not attributed."""
+
+    layout: Layout
+    values: np.ndarray
+
+    @classmethod
+    def from_arrays(cls, layout: Layout, arrays: dict[str, np.ndarray]) -> ScoreTable:
+        """From `mlp` [layer, d_model], `embedding` [d_model] and, if attributed, `heads` [layer, head, d_model]."""
+        values = np.full((layout.n_rows, layout.d_model), np.nan)
+        values[0] = arrays["embedding"]
+        for layer in range(layout.n_layers):
+            values[layout.mlp_row(layer)] = arrays["mlp"][layer]
+            if "heads" in arrays:
+                values[layout.head_row(layer, 0) : layout.mlp_row(layer)] = arrays["heads"][layer]
+        return cls(layout, values)
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The chosen units of one job, strongest first.
+
+    indices: component row (node) or row * d_model + coordinate (neuron), [unit]. scores: signed, [unit].
+    """
+
+    level: CircuitLevel
+    layout: Layout
+    indices: np.ndarray
+    scores: np.ndarray
+    n_candidates: int
+    n_eligible: int
+    n_requested: int
+    is_absolute: bool
+    includes_zeros: bool
+    score_range: tuple[float, float] | None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Component row of each unit, [unit]."""
+        return self.indices // self.layout.d_model if self.level is CircuitLevel.NEURON else self.indices
+
+    def keep_mask(self) -> np.ndarray:
+        """Coordinates that belong to the circuit, [component row, d_model] bool."""
+        mask = np.zeros((self.layout.n_rows, self.layout.d_model), dtype=bool)
+        if self.level is CircuitLevel.NEURON:
+            mask.ravel()[self.indices] = True
+        else:
+            mask[self.indices] = True
+        return mask
+
+    def edge_counts(self) -> dict[str, float]:
+        """Edges that leave a component with a unit in the circuit, and the others. The last key holds per cent."""
+        degrees = self.layout.out_degrees()
+        n_kept = int(degrees[np.unique(self.rows)].sum())
+        total = int(degrees.sum())
+        return {
+            "corrupted_edges": total - n_kept,
+            "circuit_edges": n_kept,
+            "corrupted_edges_ppt": 100 * (total - n_kept) / total,
+        }
+
+    def scalars(self) -> dict[str, Any]:
+        """The circuit without its lists of units, in the key order of score files."""
+        selected = len(self.indices)
+        unit = self.layout.d_model if self.level is CircuitLevel.NEURON else 1
+        reason = None
+        if not selected:
+            reason = "no candidate has a finite, non-zero score" if not self.n_eligible else "--circuit_size is 0"
+        return {
+            "level": self.level.value,
+            "absolute": self.is_absolute,
+            "include_special": False,
+            "requested_n": self.n_requested,
+            "selected_n": selected,
+            "num_scored": self.n_eligible,
+            "num_considered": self.n_candidates,
+            "total_entities": self.layout.n_rows * unit,
+            "was_clipped": selected < self.n_requested,
+            "score_range": list(self.score_range) if self.score_range else None,
+            "threshold": _short(self.scores[-1]) if selected else None,
+            "empty_reason": reason,
+            "include_zero_scores": self.includes_zeros,
+            "d_model": self.layout.d_model,
+            "d_head": self.layout.d_head,
+            "n_heads": self.layout.n_heads,
+            "n_layers": self.layout.n_layers,
+            "kept_share": selected / self.n_candidates if self.n_candidates else None,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """The `metadata_topn` block of a manifest, under its published keys."""
+        block = {**self.scalars(), "indices": self.indices.tolist()}
+        if self.level is CircuitLevel.NODE:
+            labels = [self.layout.label(row) for row in self.indices.tolist()]
+            return {**block, "node_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
+        neurons: dict[str, list[int]] = {}
+        label_scores = {}
+        for index, score in zip(self.indices.tolist(), self.scores, strict=True):
+            row, coordinate = divmod(index, self.layout.d_model)
+            label = self.layout.label(row)
+            neurons.setdefault(label, []).append(coordinate)
+            label_scores[str((label, coordinate))] = _short(score)
+        return {**block, "neuron_label_score": label_scores, "neurons": neurons}
+
+
+def _short(score: float) -> float:
+    """A score with the digits that mean something."""
+    return float(f"{score:.9g}")
+
+
+def choose_circuit(
+    table: ScoreTable, level: CircuitLevel, size: int | float, *, absolute: bool, include_zeros: bool, mlp_only: bool
+) -> Circuit:
+    """The highest-scoring units. `size` is a number of units (int) or a share of the candidates (float).
+
+    Candidates are all units of the attributed components except `input`; eligible ones have a finite and (unless
+    `include_zeros`) non-zero score. Ties go to the lower index.
+    """
+    layout = table.layout
+    is_candidate_row = ~np.isnan(table.values).all(axis=1)
+    is_candidate_row[0] = False
+    if mlp_only:
+        is_candidate_row &= layout.is_mlp()
+    values = table.values if level is CircuitLevel.NEURON else table.values.sum(axis=1, keepdims=True)
+    candidates = np.flatnonzero(np.repeat(is_candidate_row, values.shape[1]))
+    scores = values.ravel()[candidates]
+    eligible = np.isfinite(scores) & (include_zeros | (scores != 0))
+    keys = np.abs(scores) if absolute else scores
+    n_requested = size if isinstance(size, int) else max(1, round(size * len(candidates)))
+    order = np.argsort(-np.where(eligible, keys, -np.inf), kind="stable")[: min(n_requested, int(eligible.sum()))]
+    score_range = (_short(keys[eligible].min()), _short(keys[eligible].max())) if eligible.any() else None
+    return Circuit(
+        level,
+        layout,
+        candidates[order],
+        scores[order],
+        len(candidates),
+        int(eligible.sum()),
+        n_requested,
+        absolute,
+        include_zeros,
+        score_range,
+    )
