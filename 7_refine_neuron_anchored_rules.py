@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Stage 7: measure what each agonist neuron flips, and anchor rules to it that hold on unseen prompts.
+
+Every neuron of stage 6 is ablated alone on the evaluated prompts. For each kind of flip a rule over the features is
+chosen on TRAIN, frozen, and scored once on TEST; ALL-FIT rules (chosen and scored on all rows) describe, they do not
+predict. Finished parts are kept: a second run returns at once, and changes of thresholds never need the model.
+"""
+
+import argparse
+
+from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
+from lib.spectral_options import add_spectral_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of stage 7."""
+    add_model_arguments(parser)
+    add_task_arguments(parser)
+    _add_path_arguments(parser)
+    _add_candidate_arguments(parser)
+    _add_row_arguments(parser)
+    add_spectral_arguments(parser)
+    _add_intervention_arguments(parser)
+    _add_rule_arguments(parser)
+    _add_summary_arguments(parser)
+
+
+def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("paths")
+    group.add_argument(
+        "--circuit_agonists_path",
+        help="folder or .zip with stage 6's neuron_buckets.json (not needed for finished files)",
+    )
+    group.add_argument("--features_scores_dir", required=True, help="folder of scores.csv and features.json (stage 2)")
+    group.add_argument("--rules_dir", default="xai_analyses_results", help="root of all outputs")
+    group.add_argument("--stats_dirname", default="", help="name of this run below <rules_dir>/stats")
+    group.add_argument(
+        "--discovery_plans",
+        nargs="*",
+        default=None,
+        metavar="PATH",
+        help="more files or folders that name discovery rows (default: the sampling plans and circuits "
+        "beside --circuit_agonists_path)",
+    )
+
+
+def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("candidates")
+    group.add_argument("--search_epsilon", type=float, default=0.2, help="smallest |max_effect| of stage 6")
+    group.add_argument(
+        "--min_confirmed_rate",
+        type=float,
+        default=0.0,
+        help="smallest flip rate confirmed by stage 6, for neurons that have one",
+    )
+    group.add_argument(
+        "--catastrophic",
+        choices=["keep", "drop_confirmed", "drop_all"],
+        default="drop_confirmed",
+        help="what to do with neurons that flip everything",
+    )
+    group.add_argument("--max_neurons", type=positive_int, default=None, help="keep this many of the strongest")
+
+
+def _add_row_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluated rows")
+    group.add_argument(
+        "--row_sampling",
+        choices=["all", "stratified", "spectral"],
+        default="all",
+        help="all rows, or at most --sampling_max_points: stratified by split and baseline, and with "
+        "spectral also spread over clusters of prompts inside each class",
+    )
+    group.add_argument(
+        "--use_spectral_sampling",
+        dest="row_sampling",
+        action="store_const",
+        const="spectral",
+        help="the same as --row_sampling spectral",
+    )
+    group.add_argument("--sampling_max_points", type=positive_int, default=10_000, help="most rows of a sample")
+    group.add_argument("--global_n_clusters", type=positive_int, default=64, help="clusters of --row_sampling spectral")
+    group.add_argument(
+        "--keep_unsampled_rows",
+        action="store_true",
+        help="keep all rows in scores.csv, flips empty where not evaluated",
+    )
+    group.add_argument(
+        "--group_col",
+        default=None,
+        help="column (or comma list, compared as an unordered set) whose equal "
+        "values mark variants of one prompt, kept on one side; default: the task's own",
+    )
+    group.add_argument(
+        "--exclude_discovery_rows_from_training",
+        action="store_true",
+        help="choose rules without the rows that stages 5 and 6 used",
+    )
+    group.add_argument(
+        "--exclude_discovery_rows_from_final_stats",
+        action="store_true",
+        help="leave the rows that stages 5 and 6 used out of flip_stats_*",
+    )
+
+
+def _add_intervention_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("intervention")
+    group.add_argument(
+        "--intervention",
+        default="mean-positional",
+        choices=["zero", "mean", "mean-positional", "mean-donor", "mean-donor-positional", "resample"],
+        help="what replaces the neuron's activation",
+    )
+    group.add_argument(
+        "--points_to_use_for_mean_ablation", type=positive_int, default=256, help="TRAIN prompts behind it"
+    )
+    group.add_argument("--decode_only", action="store_true", help="intervene at answer-producing positions only")
+    group.add_argument(
+        "--decode_scope",
+        choices=["answer", "generated"],
+        default="answer",
+        help="with --decode_only: from the last prompt token, or (as published) from the first generated token",
+    )
+    group.add_argument(
+        "--n_random_neurons", type=int, default=16, help="random neurons of the same layers: noise floor"
+    )
+    group.add_argument("--joint_ablation", action="store_true", help="also ablate all candidates at once")
+    group.add_argument("--n_joint_controls", type=positive_int, default=3, help="random groups beside it")
+    group.add_argument("--memory_mb", type=positive_int, default=700, help="working memory of the ablation engine")
+
+
+def _add_rule_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rules")
+    group.add_argument("--extract_rules", action="store_true", help="fit rules to the flips")
+    group.add_argument("--rule_targets", default=None, help="comma list of kinds (any, c2i, i2c) or full column names")
+    group.add_argument("--max_conditions", type=positive_int, default=3, help="conditions per conjunction")
+    group.add_argument("--max_rules", type=positive_int, default=3, help="conjunctions per rule")
+    group.add_argument("--min_train_flips", type=positive_int, default=20, help="flips (and non-flips) needed on TRAIN")
+    group.add_argument("--min_test_flips", type=positive_int, default=10, help="flips (and non-flips) needed on TEST")
+    group.add_argument("--use_shap_in_xgb", action="store_true", help="SHAP importance biases the trees' features")
+    group.add_argument("--use_shap_in_lasso", action="store_true", help="SHAP importance weights the L1 penalty")
+    group.add_argument("--only_unique_datapoints_in_shap", action="store_true", help="drop repeated rows before SHAP")
+    group.add_argument(
+        "--no_emit_all_fit_rules",
+        dest="emit_all_fit_rules",
+        action="store_false",
+        help="skip the descriptive ALL-FIT rules",
+    )
+    group.add_argument(
+        "--emit_test_selected",
+        action="store_true",
+        help="also the published score that selects on TEST: optimistic, for comparison only",
+    )
+    group.add_argument("--n_bootstrap", type=positive_int, default=1000, help="resamples behind each interval")
+    group.add_argument("--jobs", type=positive_int, default=2, help="processes that fit rules")
+
+
+def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("summaries")
+    group.add_argument("--summarize_rule_metrics", action="store_true", help="gather the rules into tables and figures")
+    group.add_argument(
+        "--summarize_rule_metrics_only", action="store_true", help="only that, from files of a finished run"
+    )
+    group.add_argument(
+        "--stats_only",
+        action="store_true",
+        help="only the flip statistics (and, with --summarize_rule_metrics, the tables), from files of a finished run",
+    )
+    group.add_argument("--rule_metrics_quantiles", default="0.1,0.5,0.9", help="low, middle, high of the summaries")
+    group.add_argument("--rule_length_cap", type=positive_int, default=30, help="longest rule shown in histograms")
+    group.add_argument("--rule_metrics_topk", type=positive_int, default=50, help="rows of the _top_<k> tables")
+    group.add_argument(
+        "--rule_quality_metric",
+        choices=["balanced_accuracy", "mcc", "tpr", "tnr", "f1"],
+        default="mcc",
+        help="ranks rules and decides high quality",
+    )
+    group.add_argument("--rule_quality_threshold", type=float, default=0.70, help="high quality on TEST from here")
+    group.add_argument("--rule_quality_threshold_all_fit", type=float, default=0.70, help="and for ALL-FIT")
+    group.add_argument(
+        "--min_rule_dataset_coverage",
+        type=float,
+        default=0.005,
+        help="smallest share of rows a rule fires on; 0 for none",
+    )
+
+
+def run(args: argparse.Namespace, report: Report) -> int:
+    """Run the stage; non-zero if a fit failed."""
+    from lib.stages.flip_anchoring import FlipAnchoring
+
+    return FlipAnchoring(args, report).run()
+
+
+main = stage_main(add_arguments, run, description=__doc__)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""Rules about a neuron: chosen on TRAIN, frozen, scored once on TEST; ALL-FIT apart; each target with a status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.artifacts import StageRecord, read_csv, text_digest, write_csv
+from lib.cli import derived_seed, rng
+from lib.flip_metrics import BaselineRule, choose_baseline_rule, honest_scores
+from lib.flip_rule_tables import ALL_FIT, TEST, TRAIN
+from lib.flip_targets import FlipTarget, MinimumCounts
+from lib.neurons import Neuron
+
+if TYPE_CHECKING:
+    from lib.rule_files import LabelledRows
+    from lib.ruleshap import RuleSHAP
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How rules are fitted; all of it changes the result."""
+
+    minimum: MinimumCounts = MinimumCounts()
+    targets: tuple[str, ...] = ()
+    """Kinds or full column names to fit; empty for all."""
+    max_conditions: int = 3
+    max_literals: int = 3
+    use_shap_in_xgb: bool = False
+    use_shap_in_lasso: bool = False
+    unique_rows_in_shap: bool = False
+    emit_all_fit: bool = True
+    emit_test_selected: bool = False
+    n_bootstrap: int = 1000
+    seed: int = 42
+
+    def wants(self, target: FlipTarget, neuron: Neuron) -> bool:
+        """Whether the target is asked for."""
+        return not self.targets or target.value in self.targets or target.column(neuron) in self.targets
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """What all neurons share. features: [row, feature]; baseline, is_fit, is_test: bool [row]."""
+
+    features: np.ndarray
+    feature_names: tuple[str, ...]
+    baseline: np.ndarray
+    is_fit: np.ndarray
+    is_test: np.ndarray
+
+    def digest(self) -> str:
+        """Fingerprint of all of it."""
+        import hashlib
+
+        total = hashlib.sha256(text_digest([self.feature_names, list(self.features.shape)]).encode())
+        for array in (self.features, self.baseline, self.is_fit, self.is_test):
+            total.update(np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class TargetStatus:
+    """What became of one target of one neuron; a row of `neuron_target_status.csv`."""
+
+    neuron: str
+    neuron_key: str
+    flip_target: str
+    target_rows: str
+    status: str
+    reason: str
+    n_train: int
+    n_train_flips: int
+    n_test: int
+    n_test_flips: int
+
+    @property
+    def failed(self) -> bool:
+        """True if fitting raised an error."""
+        return self.status == "failed"
+
+
+class NeuronFit:
+    """Fits all targets of one neuron and writes its rule files into a folder of its own.
+
+    flips, known: bool [row].
+    """
+
+    def __init__(
+        self,
+        problem: FitProblem,
+        problem_digest: str,
+        settings: FitSettings,
+        neuron: Neuron,
+        flips: np.ndarray,
+        known: np.ndarray,
+        folder: Path,
+    ) -> None:
+        self.problem, self.settings, self.neuron = problem, settings, neuron
+        self.flips, self.known, self.folder = flips, known, folder
+        self.record = StageRecord(
+            "stage 7 rules of a neuron",
+            {
+                **asdict(settings),
+                "neuron": str(neuron),
+                "problem": problem_digest,
+                "flips": text_digest(np.packbits(np.stack([flips, known])).tolist()),
+            },
+            {},
+            folder / "run_metadata.json",
+        )
+
+    def run(self, *, force: bool = False) -> list[TargetStatus]:
+        """The status of every wanted target; matching files of an earlier run are kept."""
+        if not force and self.record.is_complete():
+            return [TargetStatus(**status) for status in self.record.summary()["statuses"]]
+        for stale in [
+            path
+            for pattern in ("association_rules_*", "rule_combo_*", "optimal_rule_set_*", "run_metadata.json")
+            for path in self.folder.glob(pattern)
+        ]:
+            stale.unlink()
+        statuses = [self._fit_target(target) for target in FlipTarget if self.settings.wants(target, self.neuron)]
+        if not any(status.failed for status in statuses):
+            self.record.finish(
+                sorted(self.folder.glob("*.csv")), summary={"statuses": [asdict(status) for status in statuses]}
+            )
+        return statuses
+
+    def _fit_target(self, target: FlipTarget) -> TargetStatus:
+        eligible = self.known & target.eligible(self.problem.baseline)
+        train, test = eligible & self.problem.is_fit, eligible & self.problem.is_test
+        status, reason = self.settings.minimum.status(self.flips[train], self.flips[test]), ""
+        if status == "ok":
+            try:
+                self._write_rules(target, train, test)
+            except Exception as error:  # noqa: BLE001 - one target's failure must not lose the others; it is reported
+                status, reason = "failed", f"{type(error).__name__}: {error}"
+        return TargetStatus(
+            str(self.neuron),
+            self.neuron.key,
+            target.column(self.neuron),
+            target.rows_name,
+            status,
+            reason,
+            int(train.sum()),
+            int(self.flips[train].sum()),
+            int(test.sum()),
+            int(self.flips[test].sum()),
+        )
+
+    def _write_rules(self, target: FlipTarget, train_rows: np.ndarray, test_rows: np.ndarray) -> None:
+        """Fit on TRAIN, score on TEST; then, apart, fit and score on both."""
+        from lib.rule_files import write_rules
+
+        train, test = self._labelled(train_rows), self._labelled(test_rows)
+        both = train.followed_by(test)
+        model = self._fit(target, train, TRAIN)
+        whole = self._fit(target, both, ALL_FIT) if self.settings.emit_all_fit else None
+        column = target.column(self.neuron)
+        seed = derived_seed(self.settings.seed, "stage7 intervals", column)
+        write_rules(
+            self.folder,
+            column,
+            model,
+            train,
+            test=test,
+            all_fit_model=whole,
+            with_test_selected=self.settings.emit_test_selected,
+            seed=seed,
+        )
+        baseline = {TRAIN: self.problem.baseline[train_rows], TEST: self.problem.baseline[test_rows]}
+        chosen = choose_baseline_rule(train.y, baseline[TRAIN])
+        add_columns(
+            self.folder / f"rule_combo_{column}.csv", self._honest(target, TEST, model, test, baseline[TEST], chosen)
+        )
+        if whole is not None:
+            baseline_of_both = np.concatenate([baseline[TRAIN], baseline[TEST]])
+            chosen = choose_baseline_rule(both.y, baseline_of_both)
+            honest = self._honest(target, ALL_FIT, whole, both, baseline_of_both, chosen)
+            add_columns(self.folder / f"rule_combo_all_fit_{column}.csv", honest)
+
+    def _labelled(self, rows: np.ndarray) -> LabelledRows:
+        from lib.rule_files import LabelledRows
+
+        return LabelledRows(np.asarray(self.problem.features[rows]), self.problem.feature_names, self.flips[rows])
+
+    def _fit(self, target: FlipTarget, rows: LabelledRows, scope: str) -> RuleSHAP:
+        from lib.ruleshap import RuleSHAP
+
+        settings = self.settings
+        model = RuleSHAP(
+            max_conditions=settings.max_conditions,
+            max_literals=settings.max_literals,
+            use_shap_in_xgb=settings.use_shap_in_xgb,
+            use_shap_in_lasso=settings.use_shap_in_lasso,
+            unique_rows_in_shap=settings.unique_rows_in_shap,
+            random_state=derived_seed(settings.seed, "stage7", target.column(self.neuron), scope),
+        )
+        return model.fit(rows.features, rows.y, feature_names=rows.names)
+
+    def _honest(
+        self,
+        target: FlipTarget,
+        scope: str,
+        model: RuleSHAP,
+        rows: LabelledRows,
+        baseline: np.ndarray,
+        baseline_rule: BaselineRule,
+    ) -> dict[str, Any]:
+        """Intervals, gain over the rule that knows only the baseline label (chosen where the rule was), chance."""
+        random = rng(self.settings.seed, "stage7 bootstrap", target.column(self.neuron), scope)
+        fires = model.fires(rows.features)
+        return honest_scores(
+            fires, rows.y, baseline, baseline_rule, random, self.settings.n_bootstrap, held_out=scope == TEST
+        )
+
+
+def add_columns(path: Path, columns: Mapping[str, Any]) -> None:
+    """Set columns of a one-row table; new ones go to its end."""
+    write_csv(path, read_csv(path, "rule file", keep_default_na=False, dtype=str).assign(**columns))

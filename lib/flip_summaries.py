@@ -1,0 +1,91 @@
+"""Writing a run's statistics, rule tables, coverage files and figures. Needs finished files, never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lib.artifacts import write_csv, write_json
+from lib.cli import rng
+from lib.flip_answer_log import AnswerLog
+from lib.flip_metrics import QualityCut
+from lib.flip_plots import write_coverage_figure, write_flip_bars, write_layer_figure, write_rule_distributions
+from lib.flip_quality import coverage_report, layer_report, scope_flips
+from lib.flip_report import anchored_rules, write_anchored_rules
+from lib.flip_rule_tables import (
+    ALL_FIT,
+    TEST,
+    TEST_SELECTED,
+    RuleRun,
+    best_per_neuron,
+    collect_rules,
+    scope_summary,
+    write_rule_tables,
+)
+from lib.flip_table import FlipTable, global_statistics, neuron_statistics
+from lib.scores_table import ScoresTable
+
+
+@dataclass(frozen=True)
+class SummaryOptions:
+    """What the summaries show."""
+
+    cut: QualityCut
+    quantiles: tuple[float, float, float]
+    length_cap: int
+    topk: int
+    stats_dirname: str
+    seed: int
+
+
+def write_statistics(
+    stats_dir: Path, table: FlipTable, extra: pd.DataFrame | None, controls: Mapping[str, Any]
+) -> list[Path]:
+    """`flip_stats_by_neuron.csv`, `flip_stats_global.json` and the bar figure."""
+    by_neuron = neuron_statistics(table, extra)
+    write_csv(stats_dir / "flip_stats_by_neuron.csv", by_neuron)
+    write_json(stats_dir / "flip_stats_global.json", {**global_statistics(table), "controls": controls})
+    figure = write_flip_bars(stats_dir, by_neuron, controls.get("random_neurons", {}))
+    return [stats_dir / "flip_stats_by_neuron.csv", stats_dir / "flip_stats_global.json", *figure]
+
+
+def write_summaries(
+    stats_dir: Path,
+    run: RuleRun,
+    table: FlipTable,
+    scores: ScoresTable,
+    options: SummaryOptions,
+    answers: AnswerLog | None,
+) -> tuple[list[Path], pd.DataFrame]:
+    """Every table, JSON file and figure about the run's rules; also returns the anchored rules, best first.
+
+    `test_selected` and `all_fit` appear only if the run emitted them.
+    """
+    rules = collect_rules(run, options.cut)
+    present = set(rules["score_scope"])
+    scopes = [TEST, *(scope for scope in (TEST_SELECTED, ALL_FIT) if scope in present)]
+    written = write_rule_tables(
+        stats_dir, run, rules, options.cut, scopes, topk=options.topk, stats_dirname=options.stats_dirname
+    )
+    for scope in scopes:
+        summary = scope_summary(rules, scope, options.cut, options.quantiles)
+        names = [f"rule_metrics_summary_{scope}.json", *(["rule_metrics_summary.json"] if scope == TEST else [])]
+        for name in names:
+            write_json(stats_dir / name, summary)
+            written.append(stats_dir / name)
+        written += write_rule_distributions(
+            stats_dir, best_per_neuron(rules, scope, options.cut), scope, options.length_cap
+        )
+    flips = [scope_flips(table, rules, scope, options.cut) for scope in scopes]
+    coverage = coverage_report(flips, options.cut, scores.primary_target, rng(options.seed, "stage7", "coverage"))
+    layers = layer_report(table, flips, options.cut)
+    for name, content in (("", coverage), ("_by_layer", layers)):
+        write_json(stats_dir / f"high_quality_neuron_flip_coverage{name}.json", content)
+        written.append(stats_dir / f"high_quality_neuron_flip_coverage{name}.json")
+    written += write_coverage_figure(stats_dir, coverage) + write_layer_figure(stats_dir, layers)
+    anchored = anchored_rules(rules, table, scores, options.cut, answers)
+    return written + write_anchored_rules(stats_dir, anchored), anchored
