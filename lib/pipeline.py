@@ -64,7 +64,7 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mlp_neurons_only", action="store_true", help="leave attention out")
     group.add_argument("--include_zero_scores", action="store_true", help="candidates may have attribution zero")
     group.add_argument("--incorrect_rules", action="store_true", help="control: rules of shuffled labels, kept apart")
-    group.add_argument("--circuit_level", default="neuron", choices=["neuron", "edge"], help="level of attribution")
+    group.add_argument("--circuit_level", default="neuron", choices=["neuron", "node"], help="what a unit is")
     group.add_argument("--circuit_size", type=positive_int, default=DEFAULT_CIRCUIT_SIZE,
                        help="candidates kept by attribution")
     group.add_argument("--max_number_of_circuits_to_analyze", type=int, default=-1,
@@ -76,8 +76,7 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--feature_model", default="gemma3:27b", help="chat model that proposes features")
-    group.add_argument("--no_llm", action="store_true", help="only the task's own features")
+    group.add_argument("--no_llm", action="store_true", required=True, help="only the task's own features")
     group.add_argument("--z_thresh", type=int, default=-1,
                        help="drop features whose robust z-score exceeds this; -1: keep them")
     group.add_argument("--min_rule_dataset_coverage", type=float,

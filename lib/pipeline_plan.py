@@ -91,13 +91,12 @@ class PipelinePlan:
 
     def _features(self) -> StageCall:
         args = self.args
-        source = ["--no_llm"] if args.no_llm else ["--ai_model", args.feature_model]
         filters = ["--drop_near_duplicate_features", "--near_duplicate_features_threshold", "0.9999",
                    "--drop_low_predictive_power_features", "--min_delta", "0.2"]
         if args.z_thresh >= 0:
             filters += ["--drop_high_mad_variance_features", "--z_thresh", str(args.z_thresh)]
         return StageCall(2, "features", "2_generate_features.py", [
-            *source, *self._common(), "--prompts_answers_pkl_file", str(self.paths.answers),
+            "--no_llm", *self._common(), "--prompts_answers_pkl_file", str(self.paths.answers),
             "--features_scores_dir", str(self.paths.features_dir), "--cache_dir", str(self.paths.model_cache_dir),
             "--num_correct_example_prompts", "32", "--num_incorrect_example_prompts", "32", *filters])
 

@@ -19,7 +19,7 @@ from tests.scripts import REPOSITORY, load_script
 
 def parse(*argv: str) -> argparse.Namespace:
     add_arguments = partial(pipeline.add_arguments, experiment="arithmetic")
-    return build_parser(add_arguments, None).parse_args(["arithmetic", "org/model", *argv])
+    return build_parser(add_arguments, None).parse_args(["arithmetic", "org/model", "--no_llm", *argv])
 
 
 def paths_of(*argv: str):
@@ -69,11 +69,11 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
 
 
 @pytest.mark.parametrize("argv", [
-    "", "--no_llm --max_operand 9 --operators +- --few_shot 2 --limit 50 --max_new_tokens 3",
+    "", "--max_operand 9 --operators +- --few_shot 2 --limit 50 --max_new_tokens 3",
     "--spectral_circuit_discovery --spectral_anchoring_plan --decode_only --mlp_neurons_only --z_thresh 10 --force",
     "--quiet",
     "--incorrect_rules --slow_anchoring --include_zero_scores --ai_model_cache_dir weights",
-    "--circuit_level edge --eval_intervention mean-donor",
+    "--circuit_level node --eval_intervention mean-donor",
 ])
 def test_every_stage_accepts_its_command(argv, monkeypatch):
     class Parsed(Exception):
@@ -113,8 +113,9 @@ def test_without_a_task_the_built_in_example_runs_and_options_win(tmp_path):
     (["arithmetic"], "required: model"),
     (["no_such_task", "org/model"], "lib.tasks.no_such_task_task"),
     (["../task", "org/model"], "lib.tasks.../task_task"),
-    (["arithmetic", "org/model", "--max_new_tokens", "0"], "--max_new_tokens"),
-    (["arithmetic", "org/model", "--operators", "?"], "operators"),
+    (["arithmetic", "org/model"], "required: --no_llm"),
+    (["arithmetic", "org/model", "--no_llm", "--max_new_tokens", "0"], "--max_new_tokens"),
+    (["arithmetic", "org/model", "--no_llm", "--operators", "?"], "operators"),
     (["arithmetic", "org/model", "--min_flip_rate", "2"], "--min_flip_rate"),
     (["arithmetic", "org/model", "--batch_size"], "--batch_size"),
     (["arithmetic", "org/model", "--no_such_option"], "--no_such_option"),
