@@ -1,7 +1,7 @@
 """Which rows still predict the baseline's next token, without computing the vocabulary for most of them.
 
-The baseline's winner y has logit z_y and every other token j trails by m_j = z_y - z_j. A row whose final state moved by
-d changes that gap by d . (w_j - w_y), at most |d| |w_j - w_y|. So only tokens with m_j / |w_j - w_y| <= |d| can win:
+The baseline's winner y has logit z_y and every other token j trails by m_j = z_y - z_j. A row whose final state moved
+by d changes that gap by d . (w_j - w_y), at most |d| |w_j - w_y|. So only tokens with m_j / |w_j - w_y| <= |d| can win:
 usually none, sometimes a handful. Exact up to rounding, for which a slack is added to |d|.
 """
 

@@ -10,6 +10,7 @@ import torch
 from lib.architectures import attention_replaced, combine, embed, run_block
 from lib.engine_forward import MINUS_INFINITY, Prefix, WindowCache, causal_bias, shared_attention
 from lib.modeling_and_ablation import LanguageModel
+from lib.prefix import common_prefix_length
 
 
 @dataclass(frozen=True)
@@ -182,39 +183,43 @@ class _Hooks:
 
 
 def _prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
-    """Keys and values of the prefixes, right-padded."""
-    width = max(map(len, prefixes))
-    tokens = torch.full((len(prefixes), width), lm.pad_token_id)
-    mask = torch.zeros(len(prefixes), width, dtype=torch.bool)
-    for row, prefix in enumerate(prefixes):
-        tokens[row, : len(prefix)] = torch.tensor(list(prefix), dtype=torch.long)
-        mask[row, : len(prefix)] = True
+    """Keys and values of the prefixes, right-padded; tokens that all begin with are run once."""
+    n_common = common_prefix_length(prefixes)
+    common = _extend(lm, _nothing(lm, 1), [prefixes[0][:n_common]], 0) if n_common else _nothing(lm, 1)
+    if max(map(len, prefixes)) == n_common:
+        return common.select(torch.zeros(len(prefixes), dtype=torch.long, device=lm.device))
+    return _extend(lm, common, [prefix[n_common:] for prefix in prefixes], n_common)
+
+
+def _extend(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]], start: int) -> Prefix:
+    """The prefix of each sequence put behind `before` (one datapoint, `start` tokens)."""
+    width = max(map(len, sequences))
+    tokens = torch.full((len(sequences), width), lm.pad_token_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.long)
+        mask[row, : len(sequence)] = True
     tokens, mask = tokens.to(lm.device), mask.to(lm.device)
-    bias = torch.zeros(mask.shape, device=lm.device).masked_fill(~mask, MINUS_INFINITY)
     cache = WindowCache.empty(lm.n_layers)
-    if width == 0:
-        head = _kv_shape(lm, len(prefixes))
-        empty = [torch.zeros(head, device=lm.device, dtype=lm.dtype) for _ in range(lm.n_layers)]
-        return Prefix(empty, empty, bias)
-    positions = torch.arange(width, device=lm.device).expand(len(prefixes), -1)
-    # The prompt is a window of its own, with nothing before it; padding is at the end, so causality hides it.
-    nothing = Prefix(
-        [torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
-        [torch.zeros(_kv_shape(lm, len(prefixes)), device=lm.device, dtype=lm.dtype)] * lm.n_layers,
-        torch.zeros(len(prefixes), 0, device=lm.device),
-    )
-    with (
-        torch.inference_mode(),
-        attention_replaced(lm.model, lm.family, shared_attention(nothing, causal_bias(width, lm.device))),
-    ):
+    positions = (start + torch.arange(width, device=lm.device)).expand(len(sequences), -1)
+    # Every sequence is one more group of the single datapoint `before`; padding is at the end, so causality hides it.
+    attend = shared_attention(before, causal_bias(width, lm.device))
+    with torch.inference_mode(), attention_replaced(lm.model, lm.family, attend):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)
-    return Prefix(
-        [key for key in cache.keys if key is not None], [value for value in cache.values if value is not None], bias
-    )
+
+    def joined(shared: list[torch.Tensor], own: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        pairs = zip(shared, own, strict=True)
+        return [torch.cat([first.expand(len(sequences), -1, -1, -1), second], dim=2) for first, second in pairs]
+
+    bias = torch.zeros(mask.shape, device=lm.device).masked_fill(~mask, MINUS_INFINITY)
+    bias = torch.cat([bias.new_zeros(len(sequences), start), bias], dim=1)
+    return Prefix(joined(before.keys, cache.keys), joined(before.values, cache.values), bias)
 
 
-def _kv_shape(lm: LanguageModel, n_rows: int) -> tuple[int, int, int, int]:
+def _nothing(lm: LanguageModel, n_rows: int) -> Prefix:
+    """A prefix without tokens."""
     n_kv = getattr(lm.model.config, "num_key_value_heads", None) or lm.n_heads
-    return n_rows, n_kv, 0, lm.d_head
+    empty = [torch.zeros(n_rows, n_kv, 0, lm.d_head, device=lm.device, dtype=lm.dtype)] * lm.n_layers
+    return Prefix(empty, empty, torch.zeros(n_rows, 0, device=lm.device))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lib.architectures import Architecture
+    from lib.prefix import KeysAndValues
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "cache" / "models"
 _REVISION = re.compile(r"(?P<id>.+)@(?:step|checkpoint|ckpt)(?P<step>\d+)\Z")
@@ -268,19 +269,24 @@ class LanguageModel:
     ) -> list[Generation]:
         """Greedy answers in the order of the prompts.
 
-        Prompts are batched by length, so little is padded; a batch that does not fit into memory is halved.
+        Prompts are batched by length, so little is padded; tokens that all prompts begin with are run once; a batch
+        that does not fit into memory is halved.
         """
         import torch
 
+        from lib.prefix import common_prefix_length, prefix_keys_and_values
+
         ids = self.tokenize(prompts, max_len=self.n_positions - max_new_tokens)
         order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+        n_shared = min(common_prefix_length(ids), min(map(len, ids), default=1) - 1)
+        prefix = prefix_keys_and_values(self, ids[0][:n_shared]) if n_shared > 0 else None
         answers: dict[int, Generation] = {}
         bar = report.progress(order, unit="prompt", desc="answers") if report else iter(order)
         start = 0
         while start < len(order):
             chosen = order[start : start + batch_size]
             try:
-                batch = self._generate_batch([ids[i] for i in chosen], max_new_tokens)
+                batch = self._generate_batch([ids[i] for i in chosen], n_shared, prefix, max_new_tokens)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if batch_size == 1:
                     raise UserError(
@@ -295,18 +301,25 @@ class LanguageModel:
         next(bar, None)
         return [answers[i] for i in range(len(ids))]
 
-    def _generate_batch(self, ids: list[list[int]], max_new_tokens: int) -> list[Generation]:
+    def _generate_batch(
+        self, ids: list[list[int]], n_shared: int, prefix: KeysAndValues | None, max_new_tokens: int
+    ) -> list[Generation]:
+        """One batch; the first `n_shared` tokens are in `prefix`, padding stands between them and the rest."""
         import torch
+
+        from lib.prefix import shared_cache
 
         width = max(map(len, ids))
         tokens = torch.full((len(ids), width), self.pad_token_id)
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(ids):
-            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+            own = prompt[n_shared:]
+            tokens[row, :n_shared], tokens[row, width - len(own) :] = torch.tensor(prompt[:n_shared]), torch.tensor(own)
+            mask[row, :n_shared], mask[row, width - len(own) :] = 1, 1
+        options = {} if prefix is None else {"past_key_values": shared_cache(prefix, len(ids))}
         with torch.inference_mode():
             full = self.model.generate(
-                tokens.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens
+                tokens.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, **options
             )
         return [self.generation(row) for row in full[:, width:].tolist()]
 

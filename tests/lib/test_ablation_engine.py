@@ -128,3 +128,51 @@ def test_neurons_the_model_does_not_have_are_refused():
     engine = make_engine(tiny_model("llama"), Intervention.ZERO)
     with pytest.raises(UserError, match="m9:1 is not part of"):
         engine.answers([[Neuron("m9", 1)]], [0])
+
+
+SHARED = [f"2+3=5; {text}" for text in PROMPTS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_with_a_common_beginning(family, monkeypatch):
+    # The common tokens are run once for all prompts; answers must be those of each prompt alone.
+    monkeypatch.setattr("tests.lib.test_ablation_engine.PROMPTS", SHARED)
+    lm = tiny_model(family, seed=8)
+    together = [generation.answer for generation in lm.generate(SHARED, 4, batch_size=8)]
+    assert together == [lm.generate([prompt], 4)[0].answer for prompt in SHARED]
+    engine = make_engine(lm, Intervention.MEAN_POSITIONAL)
+    groups = random_groups(lm, seed=2, n_groups=4)
+    assert_equal_to_naive(lm, engine, groups, range(8), decode_only=True, scope=DecodeScope.ANSWER)
+
+
+@pytest.mark.parametrize("n_rivals", [1, 5])
+def test_few_kept_rivals_fall_back_to_the_vocabulary(monkeypatch, n_rivals):
+    monkeypatch.setattr("lib.engine_logits.N_RIVALS", n_rivals)
+    lm = tiny_model("gptj", seed=4)
+    engine = make_engine(lm, Intervention.ZERO)
+    groups = random_groups(lm, seed=6, n_groups=6)
+    assert assert_equal_to_naive(lm, engine, groups, range(8), decode_only=True, scope=DecodeScope.ANSWER) > 0
+
+
+def test_answers_end_where_the_task_says_so():
+    # Nothing after the first digit matters: answers are the full ones, cut after their first digit.
+    def is_complete(text):
+        return any(character.isdigit() for character in text)
+
+    lm = tiny_model("llama", seed=3)
+    groups = random_groups(lm, seed=4, n_groups=8)
+    full = make_engine(lm, Intervention.MEAN)
+    table = full.table
+    cut = AblationEngine(lm, PROMPTS, table, max_new_tokens=4, is_complete=is_complete)
+
+    def first_digit(text):
+        return next((character for character in text if character.isdigit()), text)
+
+    expected = full.answers(groups, range(8))
+    actual = cut.answers(groups, range(8))
+    for g in range(len(groups)):
+        for d in range(8):
+            whole = expected.texts.get((g, d), full.baseline_answers[d])
+            ended = actual.texts.get((g, d), cut.baseline_answers[d])
+            assert first_digit(whole) == first_digit(ended)
+    assert cut.counters.n_diverged <= full.counters.n_diverged
