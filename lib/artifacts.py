@@ -39,6 +39,8 @@ _FINGERPRINTED_PACKAGES = ("torch", "transformers", "xgboost", "scikit-learn", "
 
 def model_slug(ai_model: str) -> str:
     """The path piece that stands for a model: `org/model` is kept, a local folder or .gguf gives its base name."""
+    if not ai_model.strip():
+        raise UserError("the model has no name; give a hub id, a folder or a .gguf file")
     path = Path(ai_model).expanduser()
     is_local = path.exists() or ai_model.endswith(".gguf") or ai_model.startswith(("/", ".", "~"))
     name = (path.resolve().name if is_local else ai_model).removesuffix(".gguf")
@@ -145,7 +147,7 @@ def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:
 
     path = Path(path)
     try:
-        return pd.read_csv(path, **{"float_precision": "round_trip", **options})
+        return pd.read_csv(path, **options)
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
     except (OSError, ValueError) as error:
@@ -332,8 +334,9 @@ class StageRecord:
 
     def is_complete(self) -> bool:
         """True if a run with this fingerprint finished here and each of its outputs is there, unchanged."""
+        fingerprint = self.fingerprint
         stored = self.stored()
-        if stored is None or stored.get("fingerprint") != self.fingerprint:
+        if stored is None or stored.get("fingerprint") != fingerprint:
             return False
         base = self.metadata_path.parent
         outputs = stored.get("outputs", {})

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lib.cli import UserError
 
-_LABEL = re.compile(r"(?:m(?P<mlp>\d+)|a(?P<attention>\d+)\.h(?P<head>\d+))\Z")
+_LABEL = re.compile(r"(?:m(?P<mlp>\d+)|a(?P<attention>\d+)\.h(?P<head>\d+))\Z", re.ASCII)
 
 
 class Neuron(NamedTuple):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BASELINE_SUBSETS = ("all", "positive", "negative")
 _TRUE = {"true", "1", "1.0"}
 _FALSE = {"false", "0", "0.0"}
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "None", "<NA>"]
 
 
 def sanitize_label(label: str) -> str:
@@ -102,8 +103,7 @@ def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec) -> Score
     """
     folder = Path(features_scores_dir)
     path = folder / "scores.csv"
-    text_columns = {task.DEFAULT_INPUT: str, task.DEFAULT_OUTPUT: str}
-    frame = read_csv(path, "feature table (stage 2)", converters=dict.fromkeys(text_columns, str))
+    frame = _read_frame(path, (task.DEFAULT_INPUT, task.DEFAULT_OUTPUT))
     needed = [task.DEFAULT_INPUT, *task.DEFAULT_TARGETS]
     missing = [name for name in needed if name not in frame.columns]
     if missing:
@@ -123,6 +123,14 @@ def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec) -> Score
     return ScoresTable(
         frame, task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, tuple(task.DEFAULT_TARGETS), feature_names, is_test, path
     )
+
+
+def _read_frame(path: Path, text_columns: tuple[str, ...]) -> pd.DataFrame:
+    """The table; text columns are taken as they stand, so that the answers "007", "NA" and "" stay themselves."""
+    header = read_csv(path, "feature table (stage 2)", nrows=0).columns
+    missing = {name: _MISSING for name in header if name not in text_columns}
+    types = {name: str for name in text_columns if name in header}
+    return read_csv(path, "feature table (stage 2)", dtype=types, keep_default_na=False, na_values=missing)
 
 
 def _feature_columns(path: Path, frame: pd.DataFrame, task: FeatureTaskSpec) -> list[str]:
