@@ -46,9 +46,14 @@ class AnswerScore(NamedTuple):
 
 # ---------------------------------------------------------------- settings that are flags
 
-def setting(default: Any, help_text: str, *, env: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A field of `TaskSettings`: default, help of its flag, environment variable that replaces the default, choices."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "env": env, "choices": choices})
+def setting(default: Any, help_text: str, *, env: str | None = None, choices: Sequence[str] | None = None,
+            recorded: bool = True) -> Any:
+    """A field of `TaskSettings`: default, help of its flag, environment variable that replaces the default, choices.
+
+    One that only says where something is (a path, a server) is not recorded: it does not make answers another's.
+    """
+    return dataclasses.field(default=default, metadata={"help": help_text, "env": env, "choices": choices,
+                                                        "recorded": recorded})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +91,9 @@ class TaskSettings:
         return cls(**{name: hints[name](value) if _is_enum(hints[name]) else value for name, value in values.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """All settings by name, enums by value."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The recorded settings by name, enums by value."""
+        recorded = [field.name for field in dataclasses.fields(self) if field.metadata["recorded"]]
+        values = {name: getattr(self, name) for name in recorded}
         return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
