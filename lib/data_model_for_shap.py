@@ -26,7 +26,7 @@ OPENMP_HINT = "XGBoost cannot be loaded; on macOS install OpenMP with: brew inst
 class TreeSettings:
     """How trees are grown. `share_of_features` is tried at each node."""
 
-    n_estimators: int = 60
+    n_estimators: int = 40
     max_depth: int = 4
     learning_rate: float = 0.3
     subsample: float = 0.8
@@ -55,21 +55,39 @@ def import_xgboost() -> object:
     return xgboost
 
 
-def fit_trees(table: RankedTable, y: np.ndarray, settings: TreeSettings, seed: int, *, weight: np.ndarray | None = None,
-              importance: np.ndarray | None = None, logistic: bool = True) -> xgboost.Booster:
+def fit_trees(
+    table: RankedTable,
+    y: np.ndarray,
+    settings: TreeSettings,
+    seed: int,
+    *,
+    weight: np.ndarray | None = None,
+    importance: np.ndarray | None = None,
+    logistic: bool = True,
+) -> xgboost.Booster:
     """Boosted trees for y [row].
 
     importance: [feature]; features are tried with probability proportional to it, as RuleSHAP asks.
     """
     xgb = import_xgboost()
     options = {"feature_weights": importance} if importance is not None else {}
-    matrix = xgb.QuantileDMatrix(table.ranks.T.astype(np.float32), y, weight=weight, max_bin=N_BINS,
-                                 nthread=settings.n_jobs, **options)
+    matrix = xgb.QuantileDMatrix(
+        table.ranks.T.astype(np.float32), y, weight=weight, max_bin=N_BINS, nthread=settings.n_jobs, **options
+    )
     parameters = {
-        "objective": "binary:logistic" if logistic else "reg:squarederror", "tree_method": "hist", "max_bin": N_BINS,
-        "max_depth": settings.max_depth, "eta": settings.learning_rate, "subsample": settings.subsample,
-        "colsample_bynode": max(settings.share_of_features, 1 / table.n_features), "min_child_weight": 1.0 if logistic else 2.0,
-        "lambda": 1.0, "nthread": settings.n_jobs, "seed": seed, "verbosity": 0}
+        "objective": "binary:logistic" if logistic else "reg:squarederror",
+        "tree_method": "hist",
+        "max_bin": N_BINS,
+        "max_depth": settings.max_depth,
+        "eta": settings.learning_rate,
+        "subsample": settings.subsample,
+        "colsample_bynode": max(settings.share_of_features, 1 / table.n_features),
+        "min_child_weight": 1.0 if logistic else 2.0,
+        "lambda": 1.0,
+        "nthread": settings.n_jobs,
+        "seed": seed,
+        "verbosity": 0,
+    }
     return xgb.train(parameters, matrix, settings.n_estimators)
 
 
@@ -79,43 +97,55 @@ def tree_nodes(booster: xgboost.Booster) -> list[TreeNodes]:
     trees = []
     for tree in model["trees"]:
         threshold = np.asarray(tree["split_conditions"], dtype=float)
-        trees.append(TreeNodes(
-            np.asarray(tree["left_children"]), np.asarray(tree["right_children"]), np.asarray(tree["split_indices"]),
-            # XGBoost sends a row left if its rank is < the threshold.
-            (np.ceil(threshold) - 1).astype(np.int64), np.asarray(tree["loss_changes"], dtype=float)))
+        trees.append(
+            TreeNodes(
+                np.asarray(tree["left_children"]),
+                np.asarray(tree["right_children"]),
+                np.asarray(tree["split_indices"]),
+                # XGBoost sends a row left if its rank is < the threshold.
+                (np.ceil(threshold) - 1).astype(np.int64),
+                np.asarray(tree["loss_changes"], dtype=float),
+            )
+        )
     return trees
 
 
-def shap_values(booster: xgboost.Booster, table: RankedTable, n_jobs: int = 1, *, approximate: bool = False) -> np.ndarray:
+def shap_values(
+    booster: xgboost.Booster, table: RankedTable, n_jobs: int = 1, *, approximate: bool = False
+) -> np.ndarray:
     """SHAP values of the trees' margin, [row, feature]: exact, or the faster path attribution of Saabas."""
     matrix = import_xgboost().DMatrix(table.ranks.T.astype(np.float32), nthread=n_jobs)
     return booster.predict(matrix, pred_contribs=True, approx_contribs=approximate)[:, :-1].astype(float)
 
 
 @dataclass(frozen=True)
-class ShapStatistics:
-    """Global importance of each feature from |SHAP| over rows, [feature]."""
+class Explanation:
+    """SHAP values of some rows. rows: their numbers in the explained sample, [row]; values: [row, feature]."""
 
-    mean: np.ndarray
-    std: np.ndarray
-    minimum: np.ndarray
-    maximum: np.ndarray
-    median: np.ndarray
-    percentile_75th: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> ShapStatistics:
-        """Summarise values [row, feature]."""
-        size = np.abs(values)
-        return cls(size.mean(0), size.std(0), size.min(0), size.max(0), np.median(size, 0), np.percentile(size, 75, axis=0))
+    rows: np.ndarray
+    values: np.ndarray
 
     @property
     def upper_importance_bound(self) -> np.ndarray:
-        """Mean + standard deviation: the published importance; high too for what matters on few rows."""
-        return self.mean + self.std
+        """Mean + standard deviation of |SHAP|, [feature]: published importance, high too for what matters rarely."""
+        size = np.abs(self.values)
+        return size.mean(axis=0) + size.std(axis=0)
 
     @property
     def weights(self) -> np.ndarray:
-        """Importance as sampling weights: positive, sum 1; all equal if nothing matters."""
+        """Importance as sampling weights, [feature]: positive, sum 1; all equal if nothing matters."""
         bound = np.maximum(self.upper_importance_bound, 1e-8)
         return bound / bound.sum()
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The published statistics of |SHAP| by name, each [feature]."""
+        size = np.abs(self.values)
+        return {
+            "mean": size.mean(axis=0),
+            "std": size.std(axis=0),
+            "min": size.min(axis=0),
+            "max": size.max(axis=0),
+            "median": np.median(size, axis=0),
+            "percentile_75th": np.percentile(size, 75, axis=0),
+            "upper_importance_bound": self.upper_importance_bound,
+        }

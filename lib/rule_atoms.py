@@ -36,6 +36,7 @@ class Literal(NamedTuple):
         return len(self.atoms) + self.negated
 
 
+# A disjunction of literals; those that the search makes are never negated.
 RuleSet = tuple[Literal, ...]
 
 
@@ -119,15 +120,16 @@ class RankedTable:
 
     def threshold(self, atom: Atom) -> float:
         """Midpoint between the seen values on both sides of the cut."""
-        low, high = self.values[atom.feature][atom.cut:atom.cut + 2]
+        low, high = self.values[atom.feature][atom.cut : atom.cut + 2]
         middle = low / 2 + high / 2
         return float(middle if low <= middle < high else low)
 
     def conjunction(self, literal: Literal) -> Conjunction:
         """The literal with names and numbers, lower bound before upper."""
         ordered = sorted(literal.atoms, key=lambda atom: (atom.feature, not atom.above))
-        conditions = tuple(Condition(self.names[atom.feature], ">" if atom.above else "<=", self.threshold(atom))
-                           for atom in ordered)
+        conditions = tuple(
+            Condition(self.names[atom.feature], ">" if atom.above else "<=", self.threshold(atom)) for atom in ordered
+        )
         return Conjunction(conditions, literal.negated)
 
     def rule(self, literals: RuleSet) -> Rule:

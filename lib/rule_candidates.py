@@ -20,8 +20,8 @@ _BLOCK = 4096
 class CandidateTable:
     """Literals with what is known of them; all arrays are [candidate].
 
-    gain_sum, gain_max: split gains of the literal's conditions in the first tree path that held them, 0 for literals that
-    come from no tree. coefficient: of the L1 step, 0 if the literal was screened before or dropped by it.
+    gain_sum, gain_max: split gains of the literal's conditions in the first tree path that held them, 0 for literals
+    that come from no tree. coefficient: of the L1 step, 0 if the literal did not enter it or was dropped by it.
     """
 
     literals: list[Literal]
@@ -42,8 +42,10 @@ class CandidateTable:
         for index, literal in enumerate(self.literals):
             shapes.setdefault(_shape(literal), index)
         origin = [shapes.get(_shape(literal)) for literal in new]
-        columns = (np.append(column, [0.0 if index is None else column[index] for index in origin])
-                   for column in (self.gain_sum, self.gain_max, self.coefficient))
+        columns = (
+            np.append(column, [0.0 if index is None else column[index] for index in origin])
+            for column in (self.gain_sum, self.gain_max, self.coefficient)
+        )
         return CandidateTable(self.literals + new, *columns)
 
 
@@ -88,8 +90,11 @@ def pair_conjunctions(table: RankedTable, target: TargetRows, *, n_cuts: int, n_
     Greedy trees miss features that matter only jointly (exclusive or). All pairs of a few quantile cuts are counted by
     one matrix product; the surprise of a pair is its covariance with the target given the sums of its four quadrants.
     """
-    atoms = [Atom(feature, False, int(cut)) for feature in range(table.n_features)
-             for cut in quantile_cuts(table.ranks[feature], n_cuts)]
+    atoms = [
+        Atom(feature, False, int(cut))
+        for feature in range(table.n_features)
+        for cut in quantile_cuts(table.ranks[feature], n_cuts)
+    ]
     if len(atoms) < 2 or target.total <= 0:
         return []
     below = np.stack([table.mask(atom) for atom in atoms]).astype(np.float32)
@@ -107,16 +112,24 @@ def pair_conjunctions(table: RankedTable, target: TargetRows, *, n_cuts: int, n_
     for first, second in zip(*np.unravel_index(order, surprise.shape), strict=True):
         if surprise[first, second] > 0:
             a, b = atoms[first], atoms[second]
-            pairs += [merged_atoms([a._replace(above=x), b._replace(above=y)]) for x in (False, True) for y in (False, True)]
+            pairs += [
+                merged_atoms([a._replace(above=x), b._replace(above=y)]) for x in (False, True) for y in (False, True)
+            ]
     return pairs
 
 
-def scored_candidates(conjunctions: dict[tuple[Atom, ...], tuple[float, float]], table: RankedTable, target: TargetRows,
-                      *, min_rows: float, limit: int) -> CandidateTable:
+def scored_candidates(
+    conjunctions: dict[tuple[Atom, ...], tuple[float, float]],
+    table: RankedTable,
+    target: TargetRows,
+    *,
+    min_rows: float,
+    limit: int,
+) -> CandidateTable:
     """The best `limit` literals by |MCC|, one per set of rows, oriented to speak for the target.
 
-    A conjunction that speaks against it becomes its negation. Literals that cover fewer than `min_rows` rows, or all but
-    fewer, are dropped. Of literals with the same rows the shortest stays, then the first in atom order.
+    A conjunction that speaks against it becomes its negation. Literals that cover fewer than `min_rows` rows, or all
+    but fewer, are dropped. Of literals with the same rows the shortest stays, then the first in atom order.
     """
     ordered = sorted(conjunctions, key=lambda atoms: (len(atoms), atoms))
     n_true, n_fire, hashes = _count_all(ordered, table, target)
@@ -127,7 +140,9 @@ def scored_candidates(conjunctions: dict[tuple[Atom, ...], tuple[float, float]],
     best = np.argsort(-np.round(np.abs(score), 12), kind="stable")[:limit]
     index, negated = usable[best], score[best] < 0
     # A single negated condition is simply the opposite condition.
-    literals = [_opposite(ordered[i]) if against else Literal(ordered[i]) for i, against in zip(index, negated, strict=True)]
+    literals = [
+        _opposite(ordered[i]) if against else Literal(ordered[i]) for i, against in zip(index, negated, strict=True)
+    ]
     gains = np.array([conjunctions[ordered[i]] for i in index]).reshape(-1, 2)
     return CandidateTable(literals, gains[:, 0], gains[:, 1], np.zeros(len(index)))
 
@@ -138,8 +153,9 @@ def _opposite(atoms: tuple[Atom, ...]) -> Literal:
     return Literal(atoms, negated=True)
 
 
-def _count_all(ordered: list[tuple[Atom, ...]], table: RankedTable,
-               target: TargetRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count_all(
+    ordered: list[tuple[Atom, ...]], table: RankedTable, target: TargetRows
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(positives covered, rows covered, row hash) of conjunctions, in blocks; a complement has the same hash."""
     position: dict[Atom, int] = {}
     for atoms in ordered:
@@ -149,7 +165,7 @@ def _count_all(ordered: list[tuple[Atom, ...]], table: RankedTable,
     longest = max(map(len, ordered), default=1)
     members = np.full((len(ordered), longest), len(position))
     for row, atoms in enumerate(ordered):
-        members[row, :len(atoms)] = [position[atom] for atom in atoms]
+        members[row, : len(atoms)] = [position[atom] for atom in atoms]
     n_true, n_fire, hashes = np.zeros(len(ordered)), np.zeros(len(ordered)), np.zeros(len(ordered), dtype=np.uint64)
     block = max(1, min(_BLOCK, (1 << 22) // max(1, bits.shape[1])))
     for start in range(0, len(ordered), block):
@@ -162,12 +178,20 @@ def _count_all(ordered: list[tuple[Atom, ...]], table: RankedTable,
     return n_true, n_fire, hashes
 
 
-def l1_coefficients(candidates: CandidateTable, table: RankedTable, target: TargetRows, *,
-                    weights: np.ndarray | None, n_best: int, max_rows: int) -> np.ndarray:
+def l1_coefficients(
+    candidates: CandidateTable,
+    table: RankedTable,
+    target: TargetRows,
+    *,
+    weights: np.ndarray | None,
+    n_best: int,
+    max_rows: int,
+) -> np.ndarray:
     """Largest |coefficient| of each candidate along the path of an L1-penalised linear fit, [candidate].
 
     weights: SHAP importance of each feature, sum 1; a literal's penalty is divided by the mean weight of its features,
-    which is done by scaling its column. Only the `n_best` first candidates enter, on up to `max_rows` evenly spread rows.
+    which is done by scaling its column. Only the `n_best` first candidates enter, on up to `max_rows` evenly spread
+    rows.
     """
     coefficient = np.zeros(len(candidates))
     entered = candidates.literals[:n_best]
@@ -194,5 +218,5 @@ def l1_coefficients(candidates: CandidateTable, table: RankedTable, target: Targ
         warnings.simplefilter("ignore", ConvergenceWarning)
         alphas = np.abs(design.T @ y).max() / len(y) * np.geomspace(1, 0.02, 12)
         _, path, _ = lasso_path(design, y, alphas=alphas, precompute=True, tol=1e-2, max_iter=200)
-    coefficient[:len(entered)] = np.abs(path).max(axis=1) * scale
+    coefficient[: len(entered)] = np.abs(path).max(axis=1) * scale
     return coefficient

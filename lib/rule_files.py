@@ -1,6 +1,7 @@
 """The rule files of stages 3 and 7: published names and columns, ours added at the end.
 
-A file never says more than was done: TEST is the frozen TRAIN rule, TEST-selected and ALL-FIT are marked as not held out.
+A file never says more than was done: TEST is the frozen TRAIN rule; TEST-selected and ALL-FIT are marked as not held
+out.
 Differs from the published files in that numbers are not rounded, `min_condition_coverage` is the coverage of the least
 common condition itself, and a rule text always has every digit, so that text, mask and score agree.
 """
@@ -38,9 +39,17 @@ RULE_METRIC_COLUMNS = {
     "MCC(ŷ_rule vs ŷ_model)": "mcc",
 }
 COMBO_METRIC_COLUMNS = {
-    "dataset_coverage": "coverage", "P(target=1|fire)": "precision", "R(fire|target=1)": "recall",
-    "F1(target=1|fire)": "f1", "Lift(target=1|fire)": "lift", "Acc": "accuracy", "TPR": "tpr", "TNR": "tnr",
-    "BalancedAcc": "balanced_accuracy", "MCC": "mcc"}
+    "dataset_coverage": "coverage",
+    "P(target=1|fire)": "precision",
+    "R(fire|target=1)": "recall",
+    "F1(target=1|fire)": "f1",
+    "Lift(target=1|fire)": "lift",
+    "Acc": "accuracy",
+    "TPR": "tpr",
+    "TNR": "tnr",
+    "BalancedAcc": "balanced_accuracy",
+    "MCC": "mcc",
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,14 @@ def rule_table_frame(rules: RuleTable) -> pd.DataFrame:
         "importance_weighted_by_gain": (1 + difference) * np.maximum(1.0, np.log(np.maximum(gain, 1e-300))),
         **{column: getattr(scores, metric) for column, metric in RULE_METRIC_COLUMNS.items()},
         "n_conditions": [len(literal.conditions) for literal in rules.literals],
-        "tp": scores.tp, "fp": scores.fp, "fn": scores.fn, "tn": scores.tn,
-        "p_value": p_values, "q_value": benjamini_hochberg(p_values),
-        "shap_importance": rules.importance, "l1_coefficient": rules.coefficient,
+        "tp": scores.tp,
+        "fp": scores.fp,
+        "fn": scores.fn,
+        "tn": scores.tn,
+        "p_value": p_values,
+        "q_value": benjamini_hochberg(p_values),
+        "shap_importance": rules.importance,
+        "l1_coefficient": rules.coefficient,
     }
     return pd.DataFrame(frame)
 
@@ -109,13 +123,23 @@ def combo_row(model: RuleSHAP, rule: Rule, rows: LabelledRows) -> dict[str, Any]
     best_single = float(np.max(model.rules_.scores.mcc, initial=0.0))
     best_search = float(rule_scores(model.path_[-1].covers(rows.columns), rows.y).mcc)
     return {
-        "found_solution": bool(rule.literals), "success": perfect, "perfect_match": perfect,
-        "target": "y_target", "problem": "classification",
+        "found_solution": bool(rule.literals),
+        "success": perfect,
+        "perfect_match": perfect,
+        "target": "y_target",
+        "problem": "classification",
         "selected_rule_indices": str(selected_indices(rule, model.rules_)),
         "selected_literals": str([literal.text() for literal in rule.literals]),
-        "expression": rule.text(), **_metrics(scores), "chosen_from": ("empty", "single", "search")[min(rule.n_literals, 2)],
-        "empty_MCC": 0.0, "best_single_MCC": best_single, "best_greedy_MCC": best_search, "screen_topk": len(model.rules_),
-        "greedy_seed_metrics": "['MCC']", "greedy_winning_seed_metric": "MCC", "greedy_winning_seed_literal": "",
+        "expression": rule.text(),
+        **_metrics(scores),
+        "chosen_from": ("empty", "single", "search")[min(rule.n_literals, 2)],
+        "empty_MCC": 0.0,
+        "best_single_MCC": best_single,
+        "best_greedy_MCC": best_search,
+        "screen_topk": len(model.rules_),
+        "greedy_seed_metrics": "['MCC']",
+        "greedy_winning_seed_metric": "MCC",
+        "greedy_winning_seed_literal": "",
         "best_greedy_MCC_by_seed_metric": str({"MCC": best_search}),
     }
 
@@ -132,24 +156,51 @@ def _added_columns(model: RuleSHAP, rule: Rule, rows: LabelledRows, seed: int) -
     for column, metric in (("MCC", "mcc"), ("P(target=1|fire)", "precision"), ("Lift(target=1|fire)", "lift")):
         low, high = bootstrap_interval(fires, rows.y, metric, rng(seed, "bootstrap", metric))
         intervals |= {f"{column}_low95": low, f"{column}_high95": high}
-    return {"n_literals": rule.n_literals, "n_conditions": rule.n_conditions,
-            "inner_cv_MCC": float(checked.chosen_scores.mcc) if checked is not None else float("nan"),
-            "inner_cv_p_value": checked.p_value if checked is not None else float("nan"), **intervals,
-            "reason": model.reason_}
+    return {
+        "n_literals": rule.n_literals,
+        "n_conditions": rule.n_conditions,
+        "inner_cv_MCC": float(checked.chosen_scores.mcc) if checked is not None else float("nan"),
+        "inner_cv_p_value": checked.p_value if checked is not None else float("nan"),
+        **intervals,
+        "reason": model.reason_,
+    }
 
 
-def scored_row(selection: dict[str, Any], rule: Rule, rows: LabelledRows, *, scope: str, chosen_from: str) -> dict[str, Any]:
+def scored_row(
+    selection: dict[str, Any], rule: Rule, rows: LabelledRows, *, scope: str, chosen_from: str
+) -> dict[str, Any]:
     """The selected disjunction scored on other rows: selection scores move to `selection_*`, counts are added."""
     scores = rule_scores(rule.covers(rows.columns), rows.y)
-    blank = {name: "" for name in ("empty_MCC", "best_single_MCC", "best_greedy_MCC", "best_greedy_MCC_by_seed_metric")}
-    moved = ("empty_MCC", "best_single_MCC", "best_greedy_MCC", "best_greedy_MCC_by_seed_metric",
-             "greedy_winning_seed_metric", "greedy_winning_seed_literal", "MCC")
-    return {**selection, **_metrics(scores), **blank, "chosen_from": chosen_from,
-            **{f"selection_{name}": selection[name] for name in moved},
-            "computed_on": scope, "score_scope": scope, "Precision": float(scores.precision),
-            "n_eval": int(scores.n), "n_pos": int(scores.n_positive), "n_neg": int(scores.n - scores.n_positive),
-            "n_fire": int(scores.n_fire), "tp": int(scores.tp), "fp": int(scores.fp), "tn": int(scores.tn),
-            "fn": int(scores.fn), "target_prevalence": float(scores.prevalence), "rule_fire_rate": float(scores.coverage)}
+    blank = dict.fromkeys(("empty_MCC", "best_single_MCC", "best_greedy_MCC", "best_greedy_MCC_by_seed_metric"), "")
+    moved = (
+        "empty_MCC",
+        "best_single_MCC",
+        "best_greedy_MCC",
+        "best_greedy_MCC_by_seed_metric",
+        "greedy_winning_seed_metric",
+        "greedy_winning_seed_literal",
+        "MCC",
+    )
+    return {
+        **selection,
+        **_metrics(scores),
+        **blank,
+        "chosen_from": chosen_from,
+        **{f"selection_{name}": selection[name] for name in moved},
+        "computed_on": scope,
+        "score_scope": scope,
+        "Precision": float(scores.precision),
+        "n_eval": int(scores.n),
+        "n_pos": int(scores.n_positive),
+        "n_neg": int(scores.n - scores.n_positive),
+        "n_fire": int(scores.n_fire),
+        "tp": int(scores.tp),
+        "fp": int(scores.fp),
+        "tn": int(scores.tn),
+        "fn": int(scores.fn),
+        "target_prevalence": float(scores.prevalence),
+        "rule_fire_rate": float(scores.coverage),
+    }
 
 
 def test_selected_rule(rules: RuleTable, rows: LabelledRows, max_literals: int) -> Rule:
@@ -168,9 +219,17 @@ def test_selected_rule(rules: RuleTable, rows: LabelledRows, max_literals: int) 
     return Rule(tuple(chosen))
 
 
-def write_rules(rules_dir: str | Path, target: str, model: RuleSHAP, train: LabelledRows, *,
-                test: LabelledRows | None = None, all_fit_model: RuleSHAP | None = None, with_test_selected: bool = False,
-                seed: int = 0) -> list[Path]:
+def write_rules(
+    rules_dir: str | Path,
+    target: str,
+    model: RuleSHAP,
+    train: LabelledRows,
+    *,
+    test: LabelledRows | None = None,
+    all_fit_model: RuleSHAP | None = None,
+    with_test_selected: bool = False,
+    seed: int = 0,
+) -> list[Path]:
     """Write all rule files of one target and return their paths; `optimal_rule_set_<target>.csv` comes last.
 
     model: fitted on `train` only; `test` is scored once, with the frozen rule. all_fit_model: fitted on train and test.
@@ -183,8 +242,16 @@ def write_rules(rules_dir: str | Path, target: str, model: RuleSHAP, train: Labe
     return paths
 
 
-def _tables(folder: Path, target: str, model: RuleSHAP, train: LabelledRows, test: LabelledRows | None,
-            all_fit_model: RuleSHAP | None, with_test_selected: bool, seed: int) -> Iterator[tuple[Path, pd.DataFrame]]:
+def _tables(
+    folder: Path,
+    target: str,
+    model: RuleSHAP,
+    train: LabelledRows,
+    test: LabelledRows | None,
+    all_fit_model: RuleSHAP | None,
+    with_test_selected: bool,
+    seed: int,
+) -> Iterator[tuple[Path, pd.DataFrame]]:
     selection = combo_row(model, model.rule_, train)
     table = rule_table_frame(model.rules_)
     yield rule_file_path(folder, target, prefix="association_rules"), table
@@ -203,28 +270,49 @@ def _tables(folder: Path, target: str, model: RuleSHAP, train: LabelledRows, tes
     yield rule_file_path(folder, target), table.iloc[selected_indices(model.rule_, model.rules_)]
 
 
-def _test_selected_tables(folder: Path, target: str, model: RuleSHAP, test: LabelledRows, table: pd.DataFrame,
-                          seed: int) -> Iterator[tuple[Path, pd.DataFrame]]:
+def _test_selected_tables(
+    folder: Path, target: str, model: RuleSHAP, test: LabelledRows, table: pd.DataFrame, seed: int
+) -> Iterator[tuple[Path, pd.DataFrame]]:
     rule = test_selected_rule(model.rules_, test, model.max_literals)
-    row = scored_row(combo_row(model, rule, test), rule, test, scope="test_selected",
-                     chosen_from="test_selected_from_train_emitted_rules")
-    row |= {"selection_scope": "test_selected", "heldout_valid": False,
-            "test_selected_combo_cache_signature": TEST_SELECTED_SIGNATURE,
-            "test_selected_source_rules": "train_emitted_rules", "test_selected_n_eval_rows": len(test)}
+    row = scored_row(
+        combo_row(model, rule, test),
+        rule,
+        test,
+        scope="test_selected",
+        chosen_from="test_selected_from_train_emitted_rules",
+    )
+    row |= {
+        "selection_scope": "test_selected",
+        "heldout_valid": False,
+        "test_selected_combo_cache_signature": TEST_SELECTED_SIGNATURE,
+        "test_selected_source_rules": "train_emitted_rules",
+        "test_selected_n_eval_rows": len(test),
+    }
     row |= _added_columns(model, rule, test, seed)
     yield folder / f"rule_combo_test_selected_{target}.csv", pd.DataFrame([row])
     yield (rule_file_path(folder, target, scope="test_selected"), table.iloc[selected_indices(rule, model.rules_)])
 
 
-def _all_fit_tables(folder: Path, target: str, model: RuleSHAP, train: LabelledRows, test: LabelledRows | None,
-                    seed: int) -> Iterator[tuple[Path, pd.DataFrame]]:
+def _all_fit_tables(
+    folder: Path, target: str, model: RuleSHAP, train: LabelledRows, test: LabelledRows | None, seed: int
+) -> Iterator[tuple[Path, pd.DataFrame]]:
     has_test = test is not None and len(test) > 0
     rows = train.followed_by(test) if has_test else train
-    row = scored_row(combo_row(model, model.rule_, rows), model.rule_, rows, scope="all_fit",
-                     chosen_from="all_fit_selected_and_scored_on_all_rows")
-    row |= {"selection_scope": "all_fit", "heldout_valid": False, "all_fit_cache_signature": ALL_FIT_SIGNATURE,
-            "all_fit_source_scope": "train_plus_eval" if has_test else "train_only_no_eval",
-            "all_fit_n_train_rows": len(train), "all_fit_n_eval_rows": len(test) if has_test else 0}
+    row = scored_row(
+        combo_row(model, model.rule_, rows),
+        model.rule_,
+        rows,
+        scope="all_fit",
+        chosen_from="all_fit_selected_and_scored_on_all_rows",
+    )
+    row |= {
+        "selection_scope": "all_fit",
+        "heldout_valid": False,
+        "all_fit_cache_signature": ALL_FIT_SIGNATURE,
+        "all_fit_source_scope": "train_plus_eval" if has_test else "train_only_no_eval",
+        "all_fit_n_train_rows": len(train),
+        "all_fit_n_eval_rows": len(test) if has_test else 0,
+    }
     row |= _added_columns(model, model.rule_, rows, seed)
     table = rule_table_frame(model.rules_)
     yield rule_file_path(folder, target, scope="all_fit", prefix="association_rules"), table

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lib.cli import derived_seed, rng
-from lib.data_model_for_shap import ShapStatistics, TreeSettings, fit_trees, shap_values, tree_nodes
+from lib.data_model_for_shap import Explanation, TreeSettings, fit_trees, shap_values, tree_nodes
 from lib.rule_atoms import Literal, RankedTable, RuleSet
 from lib.rule_candidates import (
     CandidateTable,
@@ -31,6 +32,7 @@ class InductionSettings:
     use_shap_in_lasso: bool = True
     unique_rows_in_shap: bool = False
     fast_shap: bool = False
+    explain: bool = False
     shap_rows: int = 2000
     min_coverage: float = 0.002
     n_candidates: int = 1000
@@ -40,17 +42,17 @@ class InductionSettings:
 
     @property
     def needs_shap(self) -> bool:
-        """Whether SHAP values have any use."""
-        return self.use_shap_in_xgb or self.use_shap_in_lasso
+        """Whether SHAP values are used or asked for."""
+        return self.use_shap_in_xgb or self.use_shap_in_lasso or self.explain
 
 
 @dataclass(frozen=True)
 class Induction:
-    """What was found: the best rule per cost, all candidates, and the SHAP statistics if they were asked for."""
+    """What was found: the best rule per cost, all candidates, and SHAP values if they were needed."""
 
     path: RulePath
     candidates: CandidateTable
-    shap: ShapStatistics | None
+    shap: Explanation | None
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,30 @@ class Sample:
     target: TargetRows
     logistic: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        features: np.ndarray,
+        event: np.ndarray,
+        names: Sequence[str],
+        *,
+        y: np.ndarray | None = None,
+        weight: np.ndarray | None = None,
+        logistic: bool = True,
+    ) -> Sample:
+        """A sample from a matrix [row, feature] and an event [row]; rows of weight 0 are left out."""
+        kept = np.arange(len(event)) if weight is None else np.flatnonzero(weight > 0)
+        kept_weight = None if weight is None or np.ptp(weight[kept]) == 0 else weight[kept]
+        target = TargetRows(event[kept], kept_weight)
+        fitted = event.astype(float) if y is None else y
+        return cls(RankedTable.of(features[kept], names), fitted[kept], target, logistic)
+
     def rows(self, index: np.ndarray) -> Sample:
         """Some of the rows."""
         weight = None if self.target.weight is None else self.target.weight[index]
-        return Sample(self.table.rows(index), self.y[index], TargetRows(self.target.positive[index], weight), self.logistic)
+        return Sample(
+            self.table.rows(index), self.y[index], TargetRows(self.target.positive[index], weight), self.logistic
+        )
 
     @property
     def is_constant(self) -> bool:
@@ -80,53 +102,81 @@ def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
     booster = _trees(sample, settings, derived_seed(seed, "trees"), None)
     boosters, shap = [booster], None
     if settings.needs_shap:
-        shap = ShapStatistics.of(explain(booster, sample, settings, seed))
+        shap = explain(booster, sample, settings, seed)
     if settings.use_shap_in_xgb:
         boosters.insert(0, _trees(sample, settings, derived_seed(seed, "biased trees"), shap.weights))
-    conjunctions = path_conjunctions([tree for model in boosters for tree in tree_nodes(model)],
-                                     settings.limits.max_conditions)
+    conjunctions = path_conjunctions(
+        [tree for model in boosters for tree in tree_nodes(model)], settings.limits.max_conditions
+    )
     if settings.limits.max_conditions > 1:
         for atoms in pair_conjunctions(sample.table, sample.target, n_cuts=3, n_best=20):
             conjunctions.setdefault(atoms, (0.0, 0.0))
-    candidates = scored_candidates(conjunctions, sample.table, sample.target, limit=settings.n_candidates,
-                                   min_rows=max(2.0, settings.min_coverage * sample.target.total))
-    coefficient = l1_coefficients(candidates, sample.table, sample.target, n_best=settings.n_screened,
-                                  max_rows=settings.screen_rows,
-                                  weights=shap.weights if shap is not None and settings.use_shap_in_lasso else None)
+    candidates = scored_candidates(
+        conjunctions,
+        sample.table,
+        sample.target,
+        limit=settings.n_candidates,
+        min_rows=max(2.0, settings.min_coverage * sample.target.total),
+    )
+    coefficient = l1_coefficients(
+        candidates,
+        sample.table,
+        sample.target,
+        n_best=settings.n_screened,
+        max_rows=settings.screen_rows,
+        weights=shap.weights if shap is not None and settings.use_shap_in_lasso else None,
+    )
     candidates = replace(candidates, coefficient=coefficient)
     search = RuleSearch(sample.table, sample.target, settings.limits)
     return Induction(search.path(_pool(candidates, settings)), candidates, shap)
 
 
 def _trees(sample: Sample, settings: InductionSettings, seed: int, importance: np.ndarray | None) -> object:
-    return fit_trees(sample.table, sample.y, settings.trees, seed, weight=sample.target.weight, importance=importance,
-                     logistic=sample.logistic)
+    return fit_trees(
+        sample.table,
+        sample.y,
+        settings.trees,
+        seed,
+        weight=sample.target.weight,
+        importance=importance,
+        logistic=sample.logistic,
+    )
 
 
-def explain(booster: object, sample: Sample, settings: InductionSettings, seed: int) -> np.ndarray:
-    """SHAP values [row, feature] of up to `shap_rows` rows, drawn at random (distinct ones, if asked)."""
+def explain(booster: object, sample: Sample, settings: InductionSettings, seed: int) -> Explanation:
+    """SHAP values of up to `shap_rows` rows, drawn at random (distinct ones, if asked)."""
     index = np.arange(sample.table.n_rows)
     if settings.unique_rows_in_shap:
-        rows = np.vstack([sample.table.ranks, sample.target.positive])
-        index = np.sort(np.unique(rows, axis=1, return_index=True)[1])
+        index = distinct_rows(sample.table.ranks.T, sample.target.positive)
     if len(index) > settings.shap_rows:
         index = np.sort(rng(seed, "shap rows").choice(index, settings.shap_rows, replace=False))
-    return shap_values(booster, sample.table.rows(index), settings.trees.n_jobs, approximate=settings.fast_shap)
+    values = shap_values(booster, sample.table.rows(index), settings.trees.n_jobs, approximate=settings.fast_shap)
+    return Explanation(index, values)
+
+
+def distinct_rows(features: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Number of the first row of each distinct (features [row, feature], target [row]) pair, in order."""
+    joined = np.ascontiguousarray(np.column_stack([features, y]))
+    as_bytes = joined.view(np.dtype((np.void, joined.dtype.itemsize * joined.shape[1]))).ravel()
+    return np.sort(np.unique(as_bytes, return_index=True)[1])
 
 
 def _pool(candidates: CandidateTable, settings: InductionSettings) -> list[Literal]:
-    """Literals the search may combine: the best by themselves, of each length, and those the L1 step kept."""
+    """Plain literals the search may combine: the best by themselves, of each length, and those the L1 step kept."""
     chosen: dict[int, None] = {}
+    plain = np.array([not literal.negated for literal in candidates.literals], dtype=bool)
     lengths = np.array([literal.cost for literal in candidates.literals])
     for cost in np.unique(lengths):
-        chosen.update(dict.fromkeys(np.flatnonzero(lengths == cost)[:settings.n_pool // 4].tolist()))
+        chosen.update(dict.fromkeys(np.flatnonzero(plain & (lengths == cost))[: settings.n_pool // 4].tolist()))
     by_coefficient = np.argsort(-candidates.coefficient, kind="stable")
-    kept = [int(i) for i in by_coefficient if candidates.coefficient[i] > 0][:settings.n_pool]
+    kept = [int(i) for i in by_coefficient if plain[i] and candidates.coefficient[i] > 0][: settings.n_pool]
     chosen.update(dict.fromkeys(kept))
     return [candidates.literals[i] for i in sorted(chosen)]
 
 
-def validate(sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, alpha: float) -> SizeChoice | None:
+def validate(
+    sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, alpha: float
+) -> SizeChoice | None:
     """Inner cross-validation of the whole induction; None if a class has too few rows to be split."""
     smallest = int(min(np.count_nonzero(sample.target.positive), np.count_nonzero(~sample.target.positive)))
     if smallest < 2:
@@ -138,8 +188,9 @@ def validate(sample: Sample, settings: InductionSettings, seed: int, *, n_splits
         found = induce(sample.rows(rows), settings, derived_seed(seed, "inner fold"))
         return [literals for _, literals in found.path.monotone()]
 
-    predictions = out_of_fold(fit_path, lambda literals, rows: sample.table.rows(rows).rule_mask(literals), folds,
-                              max_cost + 1)
+    predictions = out_of_fold(
+        fit_path, lambda literals, rows: sample.table.rows(rows).rule_mask(literals), folds, max_cost + 1
+    )
     return choose_size(predictions, sample.target.positive, alpha=alpha, weight=sample.target.weight)
 
 

@@ -70,8 +70,10 @@ class TargetRows:
         columns = np.stack([np.where(self.positive, self.weight, 0.0), self.weight], axis=1)
         flat = packed.reshape(-1, packed.shape[-1])
         step = max(1, _BLOCK_WORDS // (64 * max(1, flat.shape[-1])))
-        sums = [unpack(flat[start:start + step], self.n_rows).astype(float) @ columns
-                for start in range(0, len(flat), step)]
+        sums = [
+            unpack(flat[start : start + step], self.n_rows).astype(float) @ columns
+            for start in range(0, len(flat), step)
+        ]
         both = np.concatenate(sums) if sums else np.zeros((0, 2))
         return both[:, 0].reshape(packed.shape[:-1]), both[:, 1].reshape(packed.shape[:-1])
 

@@ -124,8 +124,9 @@ def rule_scores(fires: np.ndarray, y: np.ndarray) -> RuleScores:
     return RuleScores(tp, n_fire - tp, n_positive - tp, truth.size - n_positive - n_fire + tp)
 
 
-def bootstrap_interval(fires: np.ndarray, y: np.ndarray, metric: str, rng: np.random.Generator, *, n: int = 1000,
-                       level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    fires: np.ndarray, y: np.ndarray, metric: str, rng: np.random.Generator, *, n: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of a metric (a name of `METRICS`) over resampled rows.
 
     The metrics depend on four counts only, so whole resamples are drawn as multinomial counts: the same distribution,

@@ -13,13 +13,16 @@ from lib.text_and_rules import COMPARISONS, Condition, Conjunction, Rule
 MAX_DEPTH = 50
 MAX_LITERALS = 1000
 
-_TOKEN = re.compile(r"""\s*(?:
+_TOKEN = re.compile(
+    r"""\s*(?:
     (?P<compare><=|>=|==|!=|<|>)
   | (?P<symbol>&&|\|\||[&|~()])
   | (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![A-Za-z0-9_.]))
   | (?P<name>[A-Za-z0-9_.]+)
   | `(?P<quoted>[^`]+)`
-)""", re.VERBOSE)
+)""",
+    re.VERBOSE,
+)
 _CONNECTIVES = {"&": "and", "&&": "and", "and": "and", "|": "or", "||": "or", "or": "or", "~": "not", "not": "not"}
 _MIRRORED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "==": "==", "!=": "!="}
 
@@ -58,8 +61,10 @@ class _Parser:
 
     def _refuse(self, reason: str) -> NoReturn:
         shown = self.text if len(self.text) <= 120 else self.text[:117] + "..."
-        raise UserError(f"not a rule: {' '.join(shown.split())!r} ({reason}); "
-                        "a rule is comparisons like 'a > 0.5' joined by &, OR and NOT(...)")
+        raise UserError(
+            f"not a rule: {' '.join(shown.split())!r} ({reason}); "
+            "a rule is comparisons like 'a > 0.5' joined by &, OR and NOT(...)"
+        )
 
     def _tokenised(self) -> list[_Token]:
         tokens: list[_Token] = []
@@ -68,7 +73,7 @@ class _Parser:
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None:
-                self._refuse(f"cannot read it from {text[position:position + 20].strip()!r} on")
+                self._refuse(f"cannot read it from {text[position : position + 20].strip()!r} on")
             position = match.end()
             kind, value = match.lastgroup, match[match.lastgroup]
             if kind == "quoted":
@@ -78,9 +83,12 @@ class _Parser:
             tokens.append(_Token(kind, value))
         tokens.append(_Token("end", "the end"))
         # A word like `and` is a connective unless it is compared with something, then it is a feature's name.
-        return [_Token(_CONNECTIVES[token.text.lower()], token.text)
-                if token.kind == "name" and token.text.lower() in ("and", "or", "not") and following.kind != "compare"
-                else token for token, following in itertools.pairwise(tokens)] + tokens[-1:]
+        return [
+            _Token(_CONNECTIVES[token.text.lower()], token.text)
+            if token.kind == "name" and token.text.lower() in ("and", "or", "not") and following.kind != "compare"
+            else token
+            for token, following in itertools.pairwise(tokens)
+        ] + tokens[-1:]
 
     def _peek(self) -> _Token:
         return self.tokens[self.position]
@@ -147,7 +155,7 @@ class _Parser:
             signs.append(self._take().text)
             operands.append(self._operand())
         if len(signs) == 1 and operands[1].kind == "number":
-            return self._condition(operands[0], signs[0], operands[1]),
+            return (self._condition(operands[0], signs[0], operands[1]),)
         if len(signs) >= 1 and operands[0].kind == "number" and operands[1].kind == "name":
             conjunction = self._condition(operands[1], _MIRRORED[signs[0]], operands[0])
             if len(signs) == 1:

@@ -1,4 +1,7 @@
-"""The best small disjunction for every size: beam search over candidates, then exchange and threshold line searches."""
+"""The best small disjunction for every size: beam search over candidates, then exchange and threshold line searches.
+
+Rules are disjunctions of plain conjunctions: NOT(a & b) would count as one literal but say two things.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class SearchLimits:
     max_literals: int = 3
     beam_width: int = 12
     bank_cuts: int = 15
-    max_polished: int = 40
+    max_polished: int = 20
 
     @property
     def max_cost(self) -> int:
@@ -41,8 +44,11 @@ class RulePath:
         if cost > self.max_cost:
             return False
         held = self.best.get(cost)
-        if held is not None and score < held[0] + _EPSILON and (
-                score < held[0] - _EPSILON or _order_key(literals) >= _order_key(held[1])):
+        if (
+            held is not None
+            and score < held[0] + _EPSILON
+            and (score < held[0] - _EPSILON or _order_key(literals) >= _order_key(held[1]))
+        ):
             return False
         self.best[cost] = (score, literals)
         return True
@@ -73,8 +79,11 @@ class RuleSearch:
 
     def union(self, literals: RuleSet) -> np.ndarray:
         """Rows of a disjunction, packed [word]."""
-        return np.bitwise_or.reduce([self.bits(literal) for literal in literals], axis=0) if literals \
+        return (
+            np.bitwise_or.reduce([self.bits(literal) for literal in literals], axis=0)
+            if literals
             else np.zeros_like(self.target.all_bits)
+        )
 
     def score(self, literals: RuleSet) -> float:
         """MCC of a disjunction."""
@@ -115,8 +124,9 @@ class RuleSearch:
             if not states:
                 return
 
-    def _offer_best(self, path: RulePath, states: list[tuple[int, ...]], scores: np.ndarray, costs: np.ndarray,
-                    pool: list[Literal]) -> None:
+    def _offer_best(
+        self, path: RulePath, states: list[tuple[int, ...]], scores: np.ndarray, costs: np.ndarray, pool: list[Literal]
+    ) -> None:
         for state, held in enumerate(states):
             for cost in np.unique(costs):
                 members = np.flatnonzero(costs == cost)
@@ -141,56 +151,48 @@ class RuleSearch:
             self._polish(path, literals)
 
     def _polish(self, path: RulePath, literals: RuleSet) -> None:
-        """One round of changes to each literal: thresholds, replaced, dropped and added conditions."""
+        """One round of single changes: thresholds; replaced, dropped and added conditions; a dropped or new literal."""
         for position, literal in enumerate(literals):
-            rest = literals[:position] + literals[position + 1:]
+            rest = literals[:position] + literals[position + 1 :]
             if rest:
                 path.offer(self.score(rest), rest)
             others = self.union(rest)
             for atom in literal.atoms:
                 kept = tuple(held for held in literal.atoms if held != atom)
                 if kept:
-                    self._offer(path, rest, Literal(kept, literal.negated))
-                self._replace(path, rest, others, kept, literal.negated)
-                self._move_cut(path, rest, others, literal, atom)
+                    self._offer(path, rest, kept)
+                self._extend(path, rest, others, kept)
+                self._move_cut(path, rest, others, kept, atom)
             if len(literal.atoms) < self.limits.max_conditions:
-                self._replace(path, rest, others, literal.atoms, literal.negated)
+                self._extend(path, rest, others, literal.atoms)
+        if len(literals) < self.limits.max_literals:
+            self._extend(path, literals, self.union(literals), ())
 
-    def _offer(self, path: RulePath, rest: RuleSet, literal: Literal) -> None:
-        changed = tuple(sorted({*rest, literal}))
+    def _offer(self, path: RulePath, rest: RuleSet, atoms: tuple[Atom, ...]) -> None:
+        changed = tuple(sorted({*rest, Literal(atoms)}))
         path.offer(self.score(changed), changed)
 
     def _zone(self, others: np.ndarray, kept: tuple[Atom, ...]) -> np.ndarray:
-        """Rows that one more condition decides: the kept conditions hold and no other literal fires, packed."""
-        return self.target.all_bits & ~others & self.bits(Literal(kept))
+        """Rows that one more condition decides: the kept conditions hold and no other literal does, packed."""
+        return self.bits(Literal(kept)) & ~others
 
-    def _base(self, others: np.ndarray, negated: bool) -> tuple[np.ndarray, np.ndarray, int]:
-        """(positives, rows) that fire where the condition fails throughout, and the sign with which zone rows count."""
-        base = self.target.all_bits if negated else others
-        n_true, n_fire = self.target.counts(base)
-        return n_true, n_fire, -1 if negated else 1
-
-    def _replace(self, path: RulePath, rest: RuleSet, others: np.ndarray, kept: tuple[Atom, ...], negated: bool) -> None:
+    def _extend(self, path: RulePath, rest: RuleSet, others: np.ndarray, kept: tuple[Atom, ...]) -> None:
         """Add the best atom of the bank to the kept conditions, then move its cut."""
         if not self.atoms:
             return
-        zone = self._zone(others, kept)
-        base_true, base_fire, sign = self._base(others, negated)
-        in_true, in_fire = self.target.counts(self.bank & zone)
-        best = int(np.argmax(self.target.mcc(base_true + sign * in_true, base_fire + sign * in_fire)))
-        atoms = merged_atoms((*kept, self.atoms[best]))
+        base_true, base_fire = self.target.counts(others)
+        in_true, in_fire = self.target.counts(self.bank & self._zone(others, kept))
+        best = self.atoms[int(np.argmax(self.target.mcc(base_true + in_true, base_fire + in_fire)))]
+        atoms = merged_atoms((*kept, best))
         if len(atoms) == len(kept) + 1:
-            literal = Literal(atoms, negated)
-            self._offer(path, rest, literal)
-            self._move_cut(path, rest, others, literal, self.atoms[best])
+            self._offer(path, rest, atoms)
+            self._move_cut(path, rest, others, kept, best)
 
-    def _move_cut(self, path: RulePath, rest: RuleSet, others: np.ndarray, literal: Literal, atom: Atom) -> None:
-        """Put the cut of one condition where the score is best, among all seen values."""
-        kept = tuple(held for held in literal.atoms if held != atom)
-        cut = self.best_cut(others, kept, literal.negated, atom)
-        moved = merged_atoms((*kept, atom._replace(cut=cut)))
-        if len(moved) == len(literal.atoms):
-            self._offer(path, rest, Literal(moved, literal.negated))
+    def _move_cut(self, path: RulePath, rest: RuleSet, others: np.ndarray, kept: tuple[Atom, ...], atom: Atom) -> None:
+        """Put the cut of one condition beside the kept ones where the score is best, among all seen values."""
+        moved = merged_atoms((*kept, atom._replace(cut=self.best_cut(others, kept, atom))))
+        if len(moved) == len(kept) + 1:
+            self._offer(path, rest, moved)
 
     def refined(self, literals: RuleSet) -> RuleSet:
         """The same conditions with every cut moved to its best place, one after the other, until none gains."""
@@ -199,32 +201,28 @@ class RuleSearch:
         while improved:
             improved = False
             for position, literal in enumerate(literals):
-                others = self.union(literals[:position] + literals[position + 1:])
+                others = self.union(literals[:position] + literals[position + 1 :])
                 for atom in literal.atoms:
-                    kept = tuple(held for held in literal.atoms if held != atom)
-                    cut = self.best_cut(others, kept, literal.negated, atom)
-                    moved = Literal(merged_atoms((*kept, atom._replace(cut=cut))), literal.negated)
-                    changed = (*literals[:position], moved, *literals[position + 1:])
-                    if len(moved.atoms) == len(literal.atoms) and self.score(changed) > score + _EPSILON:
+                    kept = tuple(held for held in literals[position].atoms if held[:2] != atom[:2])
+                    moved = Literal(merged_atoms((*kept, atom._replace(cut=self.best_cut(others, kept, atom)))))
+                    changed = (*literals[:position], moved, *literals[position + 1 :])
+                    if self.score(changed) > score + _EPSILON:
                         literals, score, improved = changed, self.score(changed), True
-                        break
         return literals
 
-    def best_cut(self, others: np.ndarray, kept: tuple[Atom, ...], negated: bool, atom: Atom) -> int:
+    def best_cut(self, others: np.ndarray, kept: tuple[Atom, ...], atom: Atom) -> int:
         """Exact line search over the seen values; of equally good neighbouring cuts, the middle one."""
-        zone = self._zone(others, kept)
-        base_true, base_fire, sign = self._base(others, negated)
-        rows = np.flatnonzero(unpack(zone, self.target.n_rows))
-        n_cuts = len(self.table.values[atom.feature]) - 1
+        rows = np.flatnonzero(unpack(self._zone(others, kept), self.target.n_rows))
+        n_values = len(self.table.values[atom.feature])
         ranks = self.table.ranks[atom.feature, rows]
         weight = None if self.target.weight is None else self.target.weight[rows]
         positive = self.target.positive[rows] * (1.0 if weight is None else weight)
-        in_fire = np.cumsum(np.bincount(ranks, weight, n_cuts + 1)).astype(float)
-        in_true = np.cumsum(np.bincount(ranks, positive, n_cuts + 1))
+        in_fire = np.cumsum(np.bincount(ranks, weight, n_values)).astype(float)
+        in_true = np.cumsum(np.bincount(ranks, positive, n_values))
         if atom.above:
             in_fire, in_true = in_fire[-1] - in_fire, in_true[-1] - in_true
-        scores = self.target.mcc(base_true + sign * in_true[:-1], base_fire + sign * in_fire[:-1])
-        return _middle_of_best(scores)
+        base_true, base_fire = self.target.counts(others)
+        return _middle_of_best(self.target.mcc(base_true + in_true[:-1], base_fire + in_fire[:-1]))
 
 
 def _atom_bank(table: RankedTable, all_bits: np.ndarray, n_cuts: int) -> tuple[list[Atom], np.ndarray]:

@@ -36,8 +36,9 @@ class SizeChoice:
     chosen_scores: RuleScores
 
 
-def choose_size(predictions: np.ndarray, positive: np.ndarray, *, alpha: float,
-                weight: np.ndarray | None = None) -> SizeChoice:
+def choose_size(
+    predictions: np.ndarray, positive: np.ndarray, *, alpha: float, weight: np.ndarray | None = None
+) -> SizeChoice:
     """The smallest rule size that predicts unseen rows as well as the best size, up to one standard error.
 
     predictions: out-of-fold, bool [cost, row], cost 0 all False. The error is that of the *difference* of two pooled
@@ -48,8 +49,11 @@ def choose_size(predictions: np.ndarray, positive: np.ndarray, *, alpha: float,
     scores = np.array([float(count.mcc) for count in counts])
     influences = [_influence(fires, positive, weight, count) for fires, count in zip(predictions, counts, strict=True)]
     best = int(np.argmax(np.round(scores, 9)))
-    chosen = next(cost for cost in range(best + 1)
-                  if scores[best] - scores[cost] <= _standard_error(influences[best] - influences[cost]) + 1e-9)
+    chosen = next(
+        cost
+        for cost in range(best + 1)
+        if scores[best] - scores[cost] <= _standard_error(influences[best] - influences[cost]) + 1e-9
+    )
     n_tried = max(1, len(np.unique(predictions[1:], axis=0)) if len(predictions) > 1 else 1)
     p_value = min(1.0, n_tried * float(fisher_p_values(_whole(counts[best])))) if best else 1.0
     if p_value > alpha:
@@ -85,8 +89,12 @@ def _standard_error(influence_difference: np.ndarray) -> float:
     return float(influence_difference.std() / np.sqrt(len(influence_difference)))
 
 
-def out_of_fold(fit_path: Callable[[np.ndarray], list[RuleSet]], apply: Callable[[RuleSet, np.ndarray], np.ndarray],
-                folds: np.ndarray, n_costs: int) -> np.ndarray:
+def out_of_fold(
+    fit_path: Callable[[np.ndarray], list[RuleSet]],
+    apply: Callable[[RuleSet, np.ndarray], np.ndarray],
+    folds: np.ndarray,
+    n_costs: int,
+) -> np.ndarray:
     """Predictions for rows by rules that never saw them, bool [cost, row].
 
     fit_path(rows): the best rule for each cost from those rows; apply(rule, rows): where it fires.

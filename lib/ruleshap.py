@@ -1,8 +1,8 @@
-"""RuleSHAP: a short disjunction of conjunctions that predicts a yes/no target, or the honest answer that there is none.
+"""RuleSHAP: a short disjunction of conjunctions that predicts a yes/no target, or the answer that there is none.
 
-Boosted trees propose conjunctions; exact SHAP values of the trees say which features matter, and bias both the growth of
-a second set of trees and the penalty of an L1 fit that screens the conjunctions; a search over small disjunctions finds
-the best rule of every size; inner cross-validation says which size holds on unseen rows.
+Boosted trees propose conjunctions; exact SHAP values of the trees say which features matter, and bias both the growth
+of a second set of trees and the penalty of an L1 fit that screens the conjunctions; a search over small disjunctions
+finds the best rule of every size; inner cross-validation says which size holds on unseen rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 
-from lib.data_model_for_shap import ShapStatistics, TreeSettings
-from lib.rule_atoms import Literal, RankedTable
+from lib.data_model_for_shap import Explanation, TreeSettings
+from lib.rule_atoms import Literal
 from lib.rule_candidates import CandidateTable
 from lib.rule_induction import Induction, InductionSettings, Sample, induce, stratified_rows, validate
-from lib.rule_masks import TargetRows
 from lib.rule_metrics import RuleScores
 from lib.rule_search import RuleSearch, SearchLimits
 from lib.rule_selection import SizeChoice
@@ -54,11 +53,26 @@ class RuleTable:
 class _RuleSHAPBase(BaseEstimator):
     """What classifier and regressor share; see `RuleSHAP` for the parameters."""
 
-    def __init__(self, *, max_conditions: int = 3, max_literals: int = 3, use_shap_in_xgb: bool = True,
-                 use_shap_in_lasso: bool = True, n_splits: int = 5, alpha: float = 0.01, n_estimators: int = 60,
-                 max_depth: int = 4, learning_rate: float = 0.3, unique_rows_in_shap: bool = False,
-                 fast_shap: bool = False, max_search_rows: int = 50_000, random_state: int | None = 0,
-                 n_jobs: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        max_conditions: int = 3,
+        max_literals: int = 3,
+        use_shap_in_xgb: bool = True,
+        use_shap_in_lasso: bool = True,
+        n_splits: int = 5,
+        alpha: float = 0.01,
+        n_estimators: int = 40,
+        max_depth: int = 4,
+        learning_rate: float = 0.3,
+        unique_rows_in_shap: bool = False,
+        fast_shap: bool = False,
+        explain: bool = False,
+        require_rule: bool = False,
+        max_search_rows: int = 50_000,
+        random_state: int | None = 0,
+        n_jobs: int = 1,
+    ) -> None:
         self.max_conditions = max_conditions
         self.max_literals = max_literals
         self.use_shap_in_xgb = use_shap_in_xgb
@@ -70,16 +84,23 @@ class _RuleSHAPBase(BaseEstimator):
         self.learning_rate = learning_rate
         self.unique_rows_in_shap = unique_rows_in_shap
         self.fast_shap = fast_shap
+        self.explain = explain
+        self.require_rule = require_rule
         self.max_search_rows = max_search_rows
         self.random_state = random_state
         self.n_jobs = n_jobs
 
-    def _settings(self) -> InductionSettings:
+    def induction_settings(self) -> InductionSettings:
+        """The parameters as the induction takes them."""
         return InductionSettings(
             limits=SearchLimits(self.max_conditions, self.max_literals),
             trees=TreeSettings(self.n_estimators, self.max_depth, self.learning_rate, n_jobs=self.n_jobs),
-            use_shap_in_xgb=self.use_shap_in_xgb, use_shap_in_lasso=self.use_shap_in_lasso,
-            unique_rows_in_shap=self.unique_rows_in_shap, fast_shap=self.fast_shap)
+            use_shap_in_xgb=self.use_shap_in_xgb,
+            use_shap_in_lasso=self.use_shap_in_lasso,
+            unique_rows_in_shap=self.unique_rows_in_shap,
+            fast_shap=self.fast_shap,
+            explain=self.explain,
+        )
 
     def _names(self, feature_names: Sequence[str] | None) -> tuple[str, ...]:
         if feature_names is None:
@@ -88,18 +109,29 @@ class _RuleSHAPBase(BaseEstimator):
             raise ValueError(f"{self.n_features_in_} distinct feature names are needed, got {len(feature_names)}")
         return tuple(map(str, feature_names))
 
-    def _fit_event(self, features: np.ndarray, y: np.ndarray, event: np.ndarray, sample_weight: np.ndarray | None,
-                   feature_names: Sequence[str] | None, *, logistic: bool) -> np.ndarray:
+    def _fit_event(
+        self,
+        features: np.ndarray,
+        y: np.ndarray,
+        event: np.ndarray,
+        sample_weight: np.ndarray | None,
+        feature_names: Sequence[str] | None,
+        *,
+        logistic: bool,
+    ) -> np.ndarray:
         """Find the rule for `event` [row] with trees grown on `y` [row]; returns where it holds, bool [row]."""
         self.feature_columns_ = self._names(feature_names)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        settings = self._settings()
-        everything = _sample(features, y, event, sample_weight, self.feature_columns_, logistic)
+        settings = self.induction_settings()
+        everything = Sample.of(features, event, self.feature_columns_, y=y, weight=sample_weight, logistic=logistic)
         searched = stratified_rows(everything.target.positive, self.max_search_rows, seed)
         sample = everything if len(searched) == everything.table.n_rows else everything.rows(searched)
         found = induce(sample, settings, seed)
         self.validation_: SizeChoice | None = validate(sample, settings, seed, n_splits=self.n_splits, alpha=self.alpha)
         cost = 0 if self.validation_ is None else self.validation_.chosen_cost
+        self.reason_ = "" if cost else _why_no_rule(everything, self.validation_, self.alpha)
+        if self.require_rule and not cost:
+            cost = settings.limits.max_cost
         path = [literals for _, literals in found.path.monotone()]
         if sample is not everything:
             search = RuleSearch(everything.table, everything.target, SearchLimits(bank_cuts=0))
@@ -107,7 +139,7 @@ class _RuleSHAPBase(BaseEstimator):
         path = [tuple(sorted(literals, key=lambda literal: _rank_of(literal, everything))) for literals in path]
         self.path_: list[Rule] = [everything.table.rule(literals) for literals in path]
         self.rule_: Rule = self.path_[cost]
-        self.shap_: ShapStatistics | None = found.shap
+        self.explanation_: Explanation | None = found.shap
         self.rules_: RuleTable = _rule_table(found.candidates.including(path[cost]), everything, found.shap)
         self.reason_ = "" if cost else _why_no_rule(everything, self.validation_, self.alpha)
         self.feature_importances_ = _importances(found, everything.table.n_features)
@@ -134,23 +166,33 @@ class RuleSHAP(ClassifierMixin, _RuleSHAPBase):
         alpha: a rule is reported only if its out-of-fold agreement has a smaller p-value.
         n_estimators, max_depth, learning_rate: of the boosted trees.
         unique_rows_in_shap: explain distinct (features, target) rows only. fast_shap: Saabas' path attribution.
+        explain: compute SHAP values even if neither use of them is on.
+        require_rule: without a rule better than chance, take the best-looking one all the same (for controls).
         max_search_rows: above this many rows the search runs on a stratified sample; cuts are then set on all rows.
 
     Fitted attributes:
-        rule_: the chosen `Rule` (no literal: none is better than chance). rules_: the candidates (`RuleTable`).
-        path_: the best rule of at most each size, from 0. reason_: why there is no rule, or "". validation_: what inner cross-validation said, or None if a
-        class has a single row. feature_importances_: SHAP weights (without SHAP: split gains), sum 1. shap_: their
-        statistics or None.
+        rule_: the chosen `Rule` (no literal: none is better than chance); reason_: why there is none, or "".
+        rules_: the candidates (`RuleTable`). path_: the best rule of at most each size, from 0.
+        validation_: what inner cross-validation said, or None if a class has a single row.
+        explanation_: SHAP values of some of the rows, or None.
+        feature_importances_: their weights (without SHAP: split gains), sum 1.
     """
 
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None,
-            feature_names: Sequence[str] | None = None) -> RuleSHAP:
+    def fit(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        sample_weight: np.ndarray | None = None,
+        feature_names: Sequence[str] | None = None,
+    ) -> RuleSHAP:
         """Learn from X [row, feature] and a target y [row] with at most two values (the greater one is "yes")."""
         features, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         if type_of_target(y) not in ("binary", "multiclass") or len(np.unique(y)) > 2:
             raise ValueError(f"Only binary classification is supported. The type of the target is {type_of_target(y)}.")
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, features, ensure_non_negative=True)
+        weight = (
+            None if sample_weight is None else _check_sample_weight(sample_weight, features, ensure_non_negative=True)
+        )
         self.classes_, codes = np.unique(y, return_inverse=True)
         # One class: a numeric or boolean target that is never true has no "yes"; anything else is taken as "yes".
         event = codes == 1 if len(self.classes_) == 2 else np.full(len(y), bool(self.classes_[0]))
@@ -184,25 +226,63 @@ class RuleSHAP(ClassifierMixin, _RuleSHAPBase):
 class RuleSHAPRegressor(RegressorMixin, _RuleSHAPBase):
     """A short rule for where a number is large: its upper `1 - tail_quantile` tail. Parameters as in `RuleSHAP`."""
 
-    def __init__(self, *, tail_quantile: float = 0.9, max_conditions: int = 3, max_literals: int = 3,
-                 use_shap_in_xgb: bool = True, use_shap_in_lasso: bool = True, n_splits: int = 5, alpha: float = 0.01,
-                 n_estimators: int = 60, max_depth: int = 4, learning_rate: float = 0.3,
-                 unique_rows_in_shap: bool = False, fast_shap: bool = False, max_search_rows: int = 50_000,
-                 random_state: int | None = 0, n_jobs: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        tail_quantile: float = 0.9,
+        max_conditions: int = 3,
+        max_literals: int = 3,
+        use_shap_in_xgb: bool = True,
+        use_shap_in_lasso: bool = True,
+        n_splits: int = 5,
+        alpha: float = 0.01,
+        n_estimators: int = 40,
+        max_depth: int = 4,
+        learning_rate: float = 0.3,
+        unique_rows_in_shap: bool = False,
+        fast_shap: bool = False,
+        explain: bool = False,
+        require_rule: bool = False,
+        max_search_rows: int = 50_000,
+        random_state: int | None = 0,
+        n_jobs: int = 1,
+    ) -> None:
         super().__init__(
-            max_conditions=max_conditions, max_literals=max_literals, use_shap_in_xgb=use_shap_in_xgb,
-            use_shap_in_lasso=use_shap_in_lasso, n_splits=n_splits, alpha=alpha, n_estimators=n_estimators,
-            max_depth=max_depth, learning_rate=learning_rate, unique_rows_in_shap=unique_rows_in_shap,
-            fast_shap=fast_shap, max_search_rows=max_search_rows, random_state=random_state, n_jobs=n_jobs)
+            max_conditions=max_conditions,
+            max_literals=max_literals,
+            use_shap_in_xgb=use_shap_in_xgb,
+            use_shap_in_lasso=use_shap_in_lasso,
+            n_splits=n_splits,
+            alpha=alpha,
+            n_estimators=n_estimators,
+            max_depth=max_depth,
+            learning_rate=learning_rate,
+            unique_rows_in_shap=unique_rows_in_shap,
+            fast_shap=fast_shap,
+            explain=explain,
+            require_rule=require_rule,
+            max_search_rows=max_search_rows,
+            random_state=random_state,
+            n_jobs=n_jobs,
+        )
         self.tail_quantile = tail_quantile
 
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None,
-            feature_names: Sequence[str] | None = None) -> RuleSHAPRegressor:
+    def fit(
+        self,
+        X: np.ndarray,
+        y: np.ndarray,
+        sample_weight: np.ndarray | None = None,
+        feature_names: Sequence[str] | None = None,
+    ) -> RuleSHAPRegressor:
         """Learn from X [row, feature] and numbers y [row]."""
         features, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
-        weight = None if sample_weight is None else _check_sample_weight(sample_weight, features, ensure_non_negative=True)
+        weight = (
+            None if sample_weight is None else _check_sample_weight(sample_weight, features, ensure_non_negative=True)
+        )
         self.tail_threshold_ = float(np.quantile(y, self.tail_quantile))
-        fires = self._fit_event(features, y.astype(float), y >= self.tail_threshold_, weight, feature_names, logistic=False)
+        fires = self._fit_event(
+            features, y.astype(float), y >= self.tail_threshold_, weight, feature_names, logistic=False
+        )
         self._means = _shares(fires, y, weight)
         return self
 
@@ -215,14 +295,6 @@ class RuleSHAPRegressor(RegressorMixin, _RuleSHAPBase):
         # A yes/no rule cannot follow a number closely.
         tags.regressor_tags.poor_score = True
         return tags
-
-
-def _sample(features: np.ndarray, y: np.ndarray, event: np.ndarray, weight: np.ndarray | None, names: tuple[str, ...],
-            logistic: bool) -> Sample:
-    """Rows as the search wants them: rows of weight 0 left out, equal weights forgotten."""
-    kept = np.arange(len(y)) if weight is None else np.flatnonzero(weight > 0)
-    kept_weight = None if weight is None or np.ptp(weight[kept]) == 0 else weight[kept]
-    return Sample(RankedTable.of(features[kept], names), y[kept], TargetRows(event[kept], kept_weight), logistic)
 
 
 def _rank_of(literal: Literal, sample: Sample) -> tuple:
@@ -245,8 +317,10 @@ def _shares(fires: np.ndarray, values: np.ndarray, weight: np.ndarray | None) ->
     """Mean of values where the rule is silent and where it holds; the overall mean for an empty side."""
     weight = np.ones(len(values)) if weight is None else weight
     overall = float(np.average(values, weights=weight))
-    return tuple(float(np.average(values[side], weights=weight[side])) if weight[side].sum() > 0 else overall
-                 for side in (~fires, fires))
+    return tuple(
+        float(np.average(values[side], weights=weight[side])) if weight[side].sum() > 0 else overall
+        for side in (~fires, fires)
+    )
 
 
 def _importances(found: Induction, n_features: int) -> np.ndarray:
@@ -260,22 +334,36 @@ def _importances(found: Induction, n_features: int) -> np.ndarray:
     return gains / gains.sum() if gains.sum() > 0 else gains
 
 
-def _rule_table(candidates: CandidateTable, sample: Sample, shap: ShapStatistics | None) -> RuleTable:
+def _rule_table(candidates: CandidateTable, sample: Sample, shap: Explanation | None) -> RuleTable:
     """Candidates with their counts on all rows, best MCC first; ties: shorter, then text."""
     table, target = sample.table, sample.target
     conjunctions = [table.conjunction(literal) for literal in candidates.literals]
     counts = [target.counts(table.literal_bits(literal, target.all_bits)) for literal in candidates.literals]
     n_true, n_fire = np.array(counts, dtype=float if target.weight is not None else int).reshape(-1, 2).T
-    positives, negatives = (n_true.dtype.type(total) for total in (target.total_positive,
-                                                                   target.total - target.total_positive))
+    positives, negatives = (
+        n_true.dtype.type(total) for total in (target.total_positive, target.total - target.total_positive)
+    )
     scores = RuleScores(n_true, n_fire - n_true, positives - n_true, negatives - n_fire + n_true)
     score = np.round(np.atleast_1d(scores.mcc), 12)
-    order = np.array(sorted(range(len(conjunctions)), key=lambda i: (
-        -score[i], candidates.literals[i].cost, conjunctions[i].text())), dtype=int)
+    order = np.array(
+        sorted(
+            range(len(conjunctions)), key=lambda i: (-score[i], candidates.literals[i].cost, conjunctions[i].text())
+        ),
+        dtype=int,
+    )
     features = [sorted({atom.feature for atom in literal.atoms}) for literal in candidates.literals]
     importance = np.array([shap.weights[members].mean() if shap is not None else 0.0 for members in features])
-    alone = np.array([min(float(target.counts(table.bits(atom))[1]) for atom in literal.atoms) / target.total
-                      for literal in candidates.literals])
-    return RuleTable([conjunctions[i] for i in order], RuleScores(*(field[order] for field in scores)),
-                     *(field[order] for field in (importance, candidates.coefficient, candidates.gain_sum,
-                                                  candidates.gain_max, alone)))
+    alone = np.array(
+        [
+            min(float(target.counts(table.bits(atom))[1]) for atom in literal.atoms) / target.total
+            for literal in candidates.literals
+        ]
+    )
+    return RuleTable(
+        [conjunctions[i] for i in order],
+        RuleScores(*(field[order] for field in scores)),
+        *(
+            field[order]
+            for field in (importance, candidates.coefficient, candidates.gain_sum, candidates.gain_max, alone)
+        ),
+    )

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     Columns = Mapping[str, np.ndarray] | pd.DataFrame
 
 COMPARISONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "<=": operators.le, ">": operators.gt, "<": operators.lt, ">=": operators.ge, "==": operators.eq, "!=": operators.ne}
+    "<=": operators.le,
+    ">": operators.gt,
+    "<": operators.lt,
+    ">=": operators.ge,
+    "==": operators.eq,
+    "!=": operators.ne,
+}
 KEYWORDS = frozenset({"and", "or", "not", "true", "false"})
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]*[A-Za-z_][A-Za-z0-9_.]*")
 # Columns that hold the rule's text, by preference; `expression` is that of the rule_combo files.
@@ -84,7 +90,9 @@ class Conjunction:
 
     def covers(self, columns: Columns) -> np.ndarray:
         """Where the literal holds, [row]."""
-        fires = np.logical_and.reduce([condition.covers(_numbers(columns, condition.feature)) for condition in self.conditions])
+        fires = np.logical_and.reduce(
+            [condition.covers(_numbers(columns, condition.feature)) for condition in self.conditions]
+        )
         return ~fires if self.negated else fires
 
     def text(self) -> str:
@@ -102,7 +110,9 @@ class Conjunction:
             number = _display_number(condition, columns)
             if lower.get(name) is condition and name in upper:
                 sign = "<" if condition.operator == ">" else "<="
-                shown.append(f"{number} {sign} {_quoted(name)} {upper[name].operator} {_display_number(upper[name], columns)}")
+                shown.append(
+                    f"{number} {sign} {_quoted(name)} {upper[name].operator} {_display_number(upper[name], columns)}"
+                )
             elif upper.get(name) is not condition or name not in lower:
                 shown.append(f"{_quoted(name)} {condition.operator} {number}")
         inner = " & ".join(shown)
@@ -218,10 +228,19 @@ def _contains(outer: Conjunction, inner: Conjunction) -> bool:
     """Whether `outer` certainly covers every row of `inner` (compares bounds, so it may miss a containment)."""
     if outer.negated or inner.negated:
         return outer == inner
-    return all(any(held == condition or (held.feature == condition.feature and held.operator in _SIDE
-                                         and _SIDE.get(held.operator) == _SIDE.get(condition.operator)
-                                         and _tighter(held, condition))
-                   for held in inner.conditions) for condition in outer.conditions)
+    return all(
+        any(
+            held == condition
+            or (
+                held.feature == condition.feature
+                and held.operator in _SIDE
+                and _SIDE.get(held.operator) == _SIDE.get(condition.operator)
+                and _tighter(held, condition)
+            )
+            for held in inner.conditions
+        )
+        for condition in outer.conditions
+    )
 
 
 def _quoted(name: str) -> str:
@@ -242,7 +261,9 @@ def _n_rows(columns: Columns) -> int:
 def _numbers(columns: Columns, feature: str) -> np.ndarray:
     """A column as float64 [row]; True/False count as 1/0, missing as NaN."""
     if feature not in columns:
-        raise UserError(f"the rule uses the feature {feature!r}, which the table does not have; run stages 2 and 3 again")
+        raise UserError(
+            f"the rule uses the feature {feature!r}, which the table does not have; run stages 2 and 3 again"
+        )
     try:
         return np.asarray(columns[feature], dtype=float)
     except (TypeError, ValueError):
@@ -262,6 +283,7 @@ def parse_rule(text: str) -> Rule:
 
 # ---------------------------------------------------------------- rule files
 
+
 @dataclass(frozen=True)
 class StoredRule:
     """One row of a rule file. `rule_id` is its row number; `direction` "negative" means the rule speaks against."""
@@ -277,15 +299,18 @@ class StoredRule:
         return fires if self.direction == "positive" else ~fires
 
 
-def rule_file_path(rules_dir: str | Path, target: str, *, scope: str = "train", prefix: str = "optimal_rule_set") -> Path:
+def rule_file_path(
+    rules_dir: str | Path, target: str, *, scope: str = "train", prefix: str = "optimal_rule_set"
+) -> Path:
     """`<rules_dir>/<prefix>_<target>.csv`, with the scope's infix before the target; never a pattern."""
     if scope not in SCOPE_INFIXES:
         raise UserError(f"{scope!r} is no rule scope; choose from {', '.join(SCOPE_INFIXES)}")
     return Path(rules_dir) / f"{prefix}_{SCOPE_INFIXES[scope]}{target}.csv"
 
 
-def load_rules(rules_dir: str | Path, target: str, *, scope: str = "train",
-               prefix: str = "optimal_rule_set") -> list[StoredRule]:
+def load_rules(
+    rules_dir: str | Path, target: str, *, scope: str = "train", prefix: str = "optimal_rule_set"
+) -> list[StoredRule]:
     """The rules of one target and scope, in file order.
 
     Raises:
