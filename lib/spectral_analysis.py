@@ -52,7 +52,7 @@ def principal_axes(points: np.ndarray, n_components: int, generator: np.random.G
     """Principal axes of `points` [point, width] (read in chunks, so it may be a memory map).
 
     At most min(n_components, n_points, width) components. Large inputs take the randomised range finder of Halko,
-    Martinsson and Tropp (2011) with three power iterations.
+    Martinsson and Tropp (2011) with six power iterations.
     """
     n_points, width = points.shape
     n_components = min(n_components, n_points, width)
@@ -77,7 +77,7 @@ def _chunk_sum(points: np.ndarray, summand: Callable[[np.ndarray], np.ndarray]) 
 
 
 def _randomised_axes(
-    points: np.ndarray, mean: np.ndarray, n_components: int, generator: np.random.Generator, n_iterations: int = 3
+    points: np.ndarray, mean: np.ndarray, n_components: int, generator: np.random.Generator, n_iterations: int = 6
 ) -> tuple[np.ndarray, np.ndarray]:
     """Leading singular values and right singular vectors of the centred points, without holding a copy of them."""
     n_probes = min(n_components + 10, *points.shape)

@@ -92,9 +92,8 @@ def input_path_scores(
     yardstick = clean_yardstick(language_model, batch, settings, observation)
     alphas = torch.tensor(settings.alphas, device=language_model.device, dtype=torch.float32)
     n_points = len(alphas)
-    # Rows: pair by pair, points of the path inside. The path itself leads to the corrupted tokens, whatever the
-    # coordinates would be replaced by.
-    step = path_direction(batch, settings, observation)
+    # Rows: pair by pair, points of the path inside.
+    step = changes.embedding.to(observation.clean.embeddings.dtype)
     points = observation.clean.embeddings[:, None] + alphas[None, :, None, None].to(step.dtype) * step[:, None]
     points = points.flatten(0, 1).requires_grad_()
     with torch.enable_grad():
@@ -110,15 +109,6 @@ def input_path_scores(
     return _score(
         language_model, changes, {name: averaged(g) for name, g in gradients.items()}, batch.n_pairs, settings
     )
-
-
-def path_direction(batch: PairBatch, settings: AttributionSettings, observation: Observation) -> torch.Tensor:
-    """Corrupted minus clean token embeddings in the columns that the path moves, [pair, column, d_model]."""
-    columns = batch.has_counterpart
-    if settings.decode_only:
-        columns = columns & batch.scored
-    difference = observation.corrupted.embeddings - observation.clean.embeddings
-    return torch.where(columns[:, observation.frame.first :, None], difference, 0.0)
 
 
 def gradients_at_sites(

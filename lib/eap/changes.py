@@ -17,7 +17,8 @@ from lib.modeling_and_ablation import LanguageModel
 class Changes:
     """Replacement minus clean value of every write, in the columns run, zero where nothing is replaced.
 
-    embedding: [pair, column, d_model]. mlp: layer -> the same. mixes: layer -> change of the heads' mixes before the
+    embedding: towards the corrupted tokens, whatever the writes are replaced by, [pair, column, d_model]. mlp: layer ->
+    the same shape. mixes: layer -> change of the heads' mixes before the
     output projection, [pair, column, heads * d_head]. With a mean table, a head's change is the table's value (where
     `replaced`, [pair, column, 1]) on top of the removal of its own mix.
     """
@@ -124,5 +125,6 @@ def prepare(
         layer: change(corrupted.mixes[layer] if patching else torch.zeros_like(mix), mix)
         for layer, mix in clean.mixes.items()
     }
-    embedding = change(corrupted.embeddings, clean.embeddings)
+    moved = (replaced_columns(batch, settings) & batch.has_counterpart)[:, first:, None]
+    embedding = torch.where(moved, corrupted.embeddings.float() - clean.embeddings.float(), 0.0)
     return observation, Changes(embedding, mlp, mixes, replaced, positions, None if patching else table)
