@@ -102,6 +102,12 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
         help="ablation of everything outside the circuit when its faithfulness is measured",
     )
     group.add_argument(
+        "--check_units",
+        type=int,
+        default=24,
+        help="units that are really ablated to see whether the order of scores is better than chance; 0: none",
+    )
+    group.add_argument(
         "--fallback_to_full_network",
         action="store_true",
         help="if an attribution fails, keep every unit with score 1 instead of stopping",

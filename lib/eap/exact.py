@@ -50,7 +50,7 @@ class ExactRuns:
             return yardstick.measure(logits).unflatten(0, (self.n_pairs, n_units))
 
     def coordinate_effects(self, kind: str, layer: int, change: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
-        """Metric change summed over pairs when single coordinates of one component are replaced, [unit] float64.
+        """Metric change when single coordinates of one component are replaced, [unit, pair].
 
         kind: "mlp", "attention" or "embedding". change: [pair, column, d_model].
         """
@@ -64,14 +64,14 @@ class ExactRuns:
         return torch.cat(effects)
 
     def effect(self, kind: str, layer: int, steps: torch.Tensor, n_units: int = 1) -> torch.Tensor:
-        """Metric change summed over pairs when `steps` [pair * unit, column, d_model] is added to a write, [unit]."""
+        """Metric change when `steps` [pair * unit, column, d_model] is added to a write, [unit, pair] float64."""
         embeddings = self.observation.clean.embeddings.repeat_interleave(n_units, 0)
         edits: dict[str, dict[int, Callable[..., torch.Tensor]]] = {}
         if kind == "embedding":
             embeddings = embeddings + steps.to(embeddings.dtype)
         else:
             edits = {f"{kind}_edits": {layer: _adding(steps)}}
-        return (self._measure(n_units, embeddings, edits) - self.clean_value).double().sum(dim=0)
+        return (self._measure(n_units, embeddings, edits) - self.clean_value).double().T
 
 
 def _adding(steps: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -88,10 +88,10 @@ def exact_neuron_scores(
     scores.n_pairs = batch.n_pairs
     units = range(language_model.d_model)
     for layer, change in runs.changes.mlp.items():
-        scores.mlp[layer] = runs.coordinate_effects("mlp", layer, change, units)
+        scores.mlp[layer] = runs.coordinate_effects("mlp", layer, change, units).sum(dim=1)
     for layer in runs.changes.head_layers:
         for head in range(language_model.n_heads):
             change = runs.changes.head(language_model, layer, head)
-            scores.heads[layer, head] = runs.coordinate_effects("attention", layer, change, units)
-    scores.embedding += runs.coordinate_effects("embedding", 0, runs.changes.embedding, units)
+            scores.heads[layer, head] = runs.coordinate_effects("attention", layer, change, units).sum(dim=1)
+    scores.embedding += runs.coordinate_effects("embedding", 0, runs.changes.embedding, units).sum(dim=1)
     return scores

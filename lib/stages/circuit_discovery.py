@@ -6,11 +6,12 @@ import argparse
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lib.artifacts import StageRecord, exclusive, read_json, read_npz, text_digest, write_json, write_npz
@@ -19,6 +20,7 @@ from lib.eap.attribution import attribute_neurons, check_settings
 from lib.eap.circuits import Circuit, CircuitLevel, Layout, ScoreTable, choose_circuit
 from lib.eap.faithfulness import Keep, evaluate_circuit
 from lib.eap.metrics import Metric, TokenAggregation
+from lib.eap.order_check import ablation_effects, choose_units, order_report
 from lib.eap.pairs import Pair
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores
 from lib.interventions import Intervention, ReplacementTable
@@ -51,6 +53,7 @@ _CIRCUIT_SETTINGS = (
     "absolute_value_attributions",
     "include_zero_scores",
     "fallback_to_full_network",
+    "check_units",
 )
 _SAMPLING_SETTINGS = (
     "task_module",
@@ -71,6 +74,7 @@ _SAMPLING_SETTINGS = (
     "max_seq_len",
     "spectral_dim",
 )
+_CHECKED_PAIRS = 8
 SCORE_MEANING = (
     "sum over pairs and positions of (replacement - clean value) x gradient of the metric; positive: the replacement "
     "takes the model away from its recorded answer"
@@ -142,6 +146,7 @@ class CircuitDiscovery:
         self.space = PromptSpace(self.args, self.table, self.report)
         self.settings = attribution_settings(self.args)
         self.output_dir = Path(self.args.output_data_dir)
+        self.tables: dict[AttributionIntervention, ReplacementTable] = {}
 
     def run(self) -> tuple[list[Path], list[str]]:
         """Returns (files written or reused, summary lines)."""
@@ -238,8 +243,7 @@ class CircuitDiscovery:
         """Mean values for an intervention that needs them."""
         if intervention in (AttributionIntervention.PATCHING, AttributionIntervention.ZERO):
             return None
-        cached = self.__dict__.setdefault("_tables", {})
-        if intervention not in cached:
+        if intervention not in self.tables:
             lm = self.space.language_model
             answered = self.space.answered(self.reference_rows, self.args.max_answer_tokens)
             table = ReplacementTable(
@@ -253,8 +257,8 @@ class CircuitDiscovery:
             labels = [f"m{layer}" for layer in range(lm.n_layers)]
             labels += [f"a{layer}.h{head}" for layer in range(lm.n_layers) for head in heads]
             table.prepare(labels)
-            cached[intervention] = table
-        return cached[intervention]
+            self.tables[intervention] = table
+        return self.tables[intervention]
 
     @cached_property
     def layout(self) -> Layout:
@@ -298,6 +302,7 @@ class CircuitDiscovery:
                 "status": status,
                 "fallback_reason": reason,
                 "n_pairs": len(pairs),
+                "order_check": self._order_check(arrays, pairs, job),
                 "top": dict(list(_label_scores(circuit).items())[:20]),
             },
             indent=4,
@@ -325,6 +330,29 @@ class CircuitDiscovery:
             include_zeros=args.include_zero_scores,
             mlp_only=args.mlp_neurons_only,
         )
+
+    def _order_check(self, arrays: dict[str, Any], pairs: list[Pair], job: PairJob) -> dict[str, Any] | None:
+        """Scores against the exact effect of the ablation that follows, on a few units and pairs."""
+        args = self.args
+        if not args.check_units:
+            return None
+        table = ScoreTable.from_arrays(self.layout, arrays)
+        is_row = self.layout.is_mlp() if args.mlp_neurons_only else np.arange(self.layout.n_rows) > 0
+        candidates = np.flatnonzero(np.repeat(is_row, self.layout.d_model))
+        generator = rng(args.seed, "stage5", "order check", job.circuit_id)
+        chosen = choose_units(table, candidates, args.check_units, generator)
+        units = [(self.layout.label(row), int(i)) for row, i in zip(*divmod(chosen, self.layout.d_model), strict=True)]
+        intervention = AttributionIntervention(args.eval_intervention)
+        settings = replace(self.settings, intervention=intervention, metric=Metric.LOG_PROB)
+        effects = ablation_effects(
+            self.space.language_model,
+            pairs[:_CHECKED_PAIRS],
+            units,
+            settings,
+            self.replacement_table(intervention),
+            batch_size=_CHECKED_PAIRS,
+        )
+        return order_report(table.values.ravel()[chosen], effects, generator)
 
     def _provenance(self) -> dict[str, Any]:
         args = self.args
@@ -385,6 +413,7 @@ class CircuitDiscovery:
             "scores_csv": (folder / "scores.json").as_posix(),
             "eval_json": (folder / "eval.json").as_posix(),
             "metadata_topn": metadata,
+            "order_check": stored["order_check"],
             "sampling_strategy": job.sampling_strategy,
             "pairing_meta": job.pairing_meta,
             **evaluation,
@@ -408,4 +437,10 @@ def summary_line(job: PairJob, entry: dict[str, Any]) -> str:
         f"{name}: {job.n_pairs} pairs, {meta['selected_n']} of {meta['num_considered']} {meta['level']}s kept "
         f"({meta['kept_share']:.1%})"
     )
-    return text + (f", faithfulness {faithfulness:.2f}" if faithfulness is not None else ", ablation changes nothing")
+    text += f", faithfulness {faithfulness:.2f}" if faithfulness is not None else ", ablation changes nothing"
+    check = entry["order_check"]
+    if check is None:
+        return text
+    agreement = "undefined" if check["spearman"] is None else f"{check['spearman']:.2f}"
+    text += f", rank agreement with {check['n_units']} exact ablations {agreement}"
+    return text if check["better_than_chance"] else text + " (NO BETTER THAN CHANCE)"
