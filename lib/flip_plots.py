@@ -18,7 +18,7 @@ MAX_BARS = 50
 _LOST, _GAINED, _GREY = "#b2432f", "#2f6fb2", "#9a9a9a"
 _SCOPE_STYLE = {
     "test": ("HQ(TEST)", "#2f6fb2", "--"),
-    "test_selected": ("HQ-T (selected on TEST)", "#8a6fb2", "-."),
+    "test_selected": ("HQ-T (optimistic)", "#8a6fb2", "-."),
     "all_fit": ("HQ(ALL-FIT)", "#d08a2e", ":"),
 }
 _KINDS = ("any", "c2i", "i2c")
@@ -56,7 +56,7 @@ def write_rule_distributions(stats_dir: Path, best: pd.DataFrame, scope: str, le
     figure = Figure(figsize=(9.0, 5.2), layout="constrained")
     grid = figure.subplots(2, 3).ravel()
     for axes, name in zip(grid, ("MCC", "F1", "BalancedAcc", "TPR", "TNR"), strict=False):
-        values = best[name].dropna().astype(float)
+        values = best[name].dropna().astype(float).clip(upper=1.0)
         axes.hist(values, bins=np.linspace(min(0.0, values.min()) if len(values) else 0.0, 1.0, 31), color=_GAINED)
         axes.set_xlabel(name)
     lengths = best["rule_len_atoms"].astype(float).clip(upper=length_cap)
@@ -65,6 +65,7 @@ def write_rule_distributions(stats_dir: Path, best: pd.DataFrame, scope: str, le
     axes.set_xlabel(f"conditions in the rule (at most {length_cap} shown)")
     for axes in grid:
         axes.set_ylabel("neurons")
+        axes.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(SCOPE_MEANING[scope], fontsize=9)
     return save_figure(stats_dir / f"rule_metrics_distributions_{scope}", figure, best)
 
@@ -83,6 +84,7 @@ def write_coverage_figure(stats_dir: Path, coverage: Mapping[str, Any]) -> list[
         [row["text"] for row in counts],
     )
     grid[0, 0].set_ylabel("neurons")
+    grid[0, 0].yaxis.get_major_locator().set_params(integer=True)
     frames = [pd.DataFrame(counts).assign(panel="neurons", kind="")]
     panels = (
         (grid[0, 1], "prevalence", "% of eligible prompts flipped"),
@@ -126,8 +128,8 @@ def _ratio_panel(axes: Axes, blocks: Mapping[str, Any], scopes: Sequence[str], n
             )
             rows.append({"panel": name, "kind": kind, "label": label, "value": value, "scope": scope, **ratio})
     axes.set_xticks(range(len(_KINDS)), ["any flip", "behaviour lost", "behaviour gained"], fontsize=8)
-    axes.margins(y=0.18)
-    axes.legend(fontsize=6, frameon=False)
+    axes.margins(y=0.4)
+    axes.legend(fontsize=6, frameon=False, loc="upper right")
     return pd.DataFrame(rows)
 
 
@@ -157,10 +159,11 @@ def write_layer_figure(stats_dir: Path, report: Mapping[str, Any]) -> list[Path]
         _layer_lines(lower, places, layers, f"high_{scope}", report["scope_n_rows"][scope], style, label)
     _layer_lines(lower, places, layers, "all", report["n_rows"], "-", "candidates")
     upper.set_ylabel("neurons")
+    upper.yaxis.get_major_locator().set_params(integer=True)
     lower.set_ylabel("% of the scope's prompts flipped")
     lower.set_xticks(places, layers.get("layer_key", []), rotation=90 if len(layers) > 16 else 0, fontsize=7)
-    for axes in (upper, lower):
-        axes.legend(fontsize=6, frameon=False)
+    for axes in (upper, lower) if len(layers) else ():
+        axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save_figure(stats_dir / "high_quality_neuron_flip_coverage_by_layer", figure, layers)
 
 

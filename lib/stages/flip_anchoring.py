@@ -33,7 +33,7 @@ from lib.flip_rule_tables import RuleRun, quality_column
 from lib.flip_rules import FitProblem, FitSettings, TargetStatus
 from lib.flip_summaries import SummaryOptions, write_statistics, write_summaries
 from lib.flip_table import FlipTable, flip_frame, neurons_of_frame, read_flip_table
-from lib.flip_targets import MinimumCounts
+from lib.flip_targets import FlipTarget, MinimumCounts
 from lib.scores_table import ScoresTable, load_scores, sanitize_label
 from lib.stages.flip_model import ModelAccess
 from lib.task_spec import FeatureTaskSpec, resolve_task_spec
@@ -71,6 +71,8 @@ class FlipAnchoring:
         self.scores: ScoresTable = load_scores(args.features_scores_dir, self.task)
         self.model = ModelAccess(args, self.task.MAX_NEW_TOKENS, self.rules_dir / "replacement_scores_cache", report)
         self._make_engine = make_engine or self.model.engine
+        self.summary_options = self._summary_options()
+        self.fit_settings = self._fit_settings()
         self._written: list[Path] = []
 
     def run(self) -> int:
@@ -113,8 +115,7 @@ class FlipAnchoring:
             args.min_rule_dataset_coverage,
         )
 
-    @cached_property
-    def summary_options(self) -> SummaryOptions:
+    def _summary_options(self) -> SummaryOptions:
         """What summaries show."""
         return SummaryOptions(
             self.cut,
@@ -142,11 +143,13 @@ class FlipAnchoring:
             args.seed,
         )
 
-    @cached_property
-    def fit_settings(self) -> FitSettings:
+    def _fit_settings(self) -> FitSettings:
         """How rules are fitted."""
         args = self.args
         targets = tuple(name.strip() for name in (args.rule_targets or "").split(",") if name.strip())
+        for name in targets:
+            if name not in {target.value for target in FlipTarget} and not name.startswith("flip_"):
+                raise UserError(f"--rule_targets: {name!r} is neither any, c2i, i2c nor a flip_* column")
         return FitSettings(
             MinimumCounts(args.min_train_flips, args.min_test_flips),
             targets,
