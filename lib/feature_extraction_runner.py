@@ -141,7 +141,7 @@ def _groups(frame: pd.DataFrame, task: FeatureTaskSpec) -> np.ndarray | None:
 
 def score_seeds(frame: pd.DataFrame, task: FeatureTaskSpec, report: Report) -> ScoredFeatures:
     """The task's own features on every row. One that fails is a bug of the task and stops the run."""
-    features = task.SEED_FEATURES
+    features = task.seed_features(frame)
     if not features:
         raise UserError(f"the task {task.NAME} has no seed features; it needs proposed ones")
     values = np.empty((len(frame), len(features)), dtype=np.float32, order="F")

@@ -224,6 +224,10 @@ class FeatureTaskSpec(ABC):
 
     # -- stage 2: features
 
+    def seed_features(self, frame: pd.DataFrame) -> list[Feature]:
+        """The built-in features for this dataset: `SEED_FEATURES`, unless they depend on its columns."""
+        return self.SEED_FEATURES
+
     def parse_prompt_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The `info` dictionary of a row, the second argument of proposed feature functions."""
         return {}

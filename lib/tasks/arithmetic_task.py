@@ -22,6 +22,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lib.answers import first_line, first_number, has_ended, is_number, number_has_ended
 from lib.cli import UserError, rng
 from lib.task_spec import AnswerScore, FeatureTaskSpec, TaskSettings, setting, target_statistics
 
@@ -38,10 +39,9 @@ SHOTS = (("+", "2+3=5"), ("-", "9-2=7"), ("*", "4*6=24"), ("/", "8/2=4"),
 
 _PROBLEM = re.compile(r"\s*([+\-]?\d+(?:\.\d+)?)\s*([+\-*/])\s*([+\-]?\d+(?:\.\d+)?)\s*=?\s*")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "x": "*", "X": "*", "÷": "/", "−": "-"})
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-_UNFINISHED = re.compile(r"(?:\.|,\d{0,3})?")
-"""What may follow a number in a text that goes on and still be part of it."""
+_ENDS = ";\n\r"
+"""Characters that end an answer: the few-shot prefix separates problems by semicolons."""
 
 
 class AnswerScoring(Enum):
@@ -121,17 +121,6 @@ def parse_problem(prompt: str) -> Problem | None:
             break
     match = _PROBLEM.fullmatch(prompt.translate(_SIGNS))
     return Problem(match[2], (match[1], match[3])) if match else None
-
-
-def answer_text(text: str) -> str:
-    """The part of the model's text that counts as its answer."""
-    return re.split(r"[;\n\r]", text.lstrip(), maxsplit=1)[0].replace("−", "-").rstrip()
-
-
-def first_number(text: str) -> str | None:
-    """The first number of an answer, as written but for grouped thousands."""
-    match = _NUMBER.search(answer_text(text))
-    return match[0].replace(",", "") if match else None
 
 
 def agrees(written: str, truth: Fraction, significant_digits: int) -> bool:
@@ -249,7 +238,7 @@ class ArithmeticTask(FeatureTaskSpec):
             return AnswerScore(None, f"not an arithmetic problem with a value: {prompt!r}")
         if self.settings.answer_scoring is AnswerScoring.PUBLISHED:
             return AnswerScore(published_label(problem, answer))
-        written = first_number(answer)
+        written = first_number(first_line(answer, _ENDS))
         if written is None:
             return AnswerScore(False, "no number in the answer")
         if problem.operator == "/":
@@ -260,11 +249,7 @@ class ArithmeticTask(FeatureTaskSpec):
         """True once the first number has ended, or the answer has without one (numeric scoring only)."""
         if self.settings.answer_scoring is AnswerScoring.PUBLISHED:
             return False
-        body = text.lstrip()
-        if re.search(r"[;\n\r]", body):
-            return True
-        match = _NUMBER.search(body.replace("−", "-"))
-        return match is not None and _UNFINISHED.fullmatch(body[match.end():]) is None
+        return has_ended(text, _ENDS) or number_has_ended(text.lstrip().replace("−", "-"))
 
     def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[tuple]]:
         """`{operator: [(prompt, num_out, raw_output, is_correct, is_pure), ...]}`."""
@@ -279,14 +264,14 @@ class ArithmeticTask(FeatureTaskSpec):
         """The number that an answer gives: the first one, or in published scoring the only one."""
         if self.settings.answer_scoring is AnswerScoring.PUBLISHED:
             return single_number(answer)
-        written = first_number(answer)
+        written = first_number(first_line(answer, _ENDS))
         return None if written is None else float(written) if "." in written else int(written)
 
     def _is_pure(self, answer: str) -> bool:
         """True if the answer is a number and nothing else."""
         if self.settings.answer_scoring is AnswerScoring.PUBLISHED:
             return _PLAIN_NUMBER.fullmatch(answer.strip()) is not None
-        return _NUMBER.fullmatch(answer_text(answer)) is not None
+        return is_number(first_line(answer, _ENDS))
 
     def dataset_from_cache(self, cache: Any) -> pd.DataFrame:
         """One row per prompt: `operator_group, prompt, num_out, raw_output, is_correct, is_pure`."""
