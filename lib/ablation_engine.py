@@ -9,28 +9,21 @@ further; many groups of all layers go through the network together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lib.architectures import attention_replaced, embed, run_block
 from lib.cli import Report, UserError
-from lib.engine_forward import (
-    MINUS_INFINITY,
-    Editor,
-    GroupEdits,
-    Prefix,
-    WindowCache,
-    causal_bias,
-    leaving_stage,
-    shared_attention,
-)
-from lib.engine_logits import Rivals, find_rivals, next_tokens, next_tokens_near
-from lib.engine_state import BaselineState, Window, block_input, combine_layer, compute_baseline
+from lib.engine_chunk import AnswerEnd, ChunkRun, Places
+from lib.engine_forward import leaving_stage
+from lib.engine_logits import Rivals, find_rivals
+from lib.engine_state import BaselineState, Window, compute_baseline
 from lib.interventions import DecodeScope, ReplacementTable
-from lib.modeling_and_ablation import Generation, LanguageModel
+from lib.modeling_and_ablation import LanguageModel
 from lib.neurons import Neuron
+
+_SMALLEST_BUDGET = 2**20
 
 
 @dataclass
@@ -53,17 +46,6 @@ class EngineCounters:
     """(group, datapoint) pairs evaluated."""
     n_diverged: int = 0
     """Pairs whose tokens differed from the baseline's."""
-
-
-@dataclass
-class _Chunk:
-    """Groups that go through the network together, ordered by where they leave the baseline."""
-
-    groups: list[Sequence[Neuron]]
-    numbers: list[int]
-    edits: GroupEdits
-    n_active: list[int] = field(default_factory=list)
-    """Per layer: how many groups are run through that block."""
 
 
 class AblationEngine:
@@ -91,16 +73,15 @@ class AblationEngine:
         report: Report | None = None,
     ) -> None:
         self.lm = lm
-        self.is_complete = is_complete
         self.table = table
-        self.max_new_tokens = max_new_tokens
+        self.end = AnswerEnd(lm, max_new_tokens, is_complete)
         self.memory_bytes = memory_mb * 2**20
         self.counters = EngineCounters()
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
         baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self.baseline_answers = [generation.answer for generation in baseline]
         self._windows = [
-            _window(ids, self._answer_tokens(generation), decode_only, decode_scope)
+            _window(ids, self.end.tokens_that_matter(generation), decode_only, decode_scope)
             for ids, generation in zip(prompt_ids, baseline, strict=True)
         ]
         self._blocks = self._make_blocks()
@@ -122,6 +103,9 @@ class AblationEngine:
         """Answers after ablating each group, on each of the datapoints.
 
         progress: called with the number of finished (group, datapoint) pairs of each chunk.
+
+        Raises:
+            UserError: a neuron that the model does not have, or one row that does not fit into memory.
         """
         self._check(groups)
         changed = np.zeros((len(groups), len(datapoints)), dtype=bool)
@@ -130,28 +114,99 @@ class AblationEngine:
         for column, datapoint in enumerate(datapoints):
             columns.setdefault(self._block_of[int(datapoint)][0], []).append(column)
         self.table.prepare({neuron.layer_label for group in groups for neuron in group})
+        stages = [leaving_stage(group, self.lm.n_layers) for group in groups]
+        order = sorted(range(len(groups)), key=lambda i: (stages[i], i))
         for number in sorted(columns):
             members = [int(datapoints[column]) for column in columns[number]]
-            places = torch.tensor([self._block_of[d][1] for d in members], device=self.lm.device)
-            state = self._state(number).select(places)
-            for chunk in self._chunks(groups, state):
-                for (group, row), text in self._run_chunk(chunk, state, members).items():
-                    column = columns[number][row]
-                    changed[group, column] = True
-                    texts[group, column] = text
-                self.counters.n_evaluations += len(chunk.groups) * len(members)
+            for numbers, found in self._run_block(number, members, groups, order):
+                for (place, row), text in found.items():
+                    key = numbers[place], columns[number][row]
+                    changed[key] = True
+                    texts[key] = text
+                self.counters.n_evaluations += len(numbers) * len(members)
                 if progress is not None:
-                    progress(len(chunk.groups) * len(members))
+                    progress(len(numbers) * len(members))
         self.counters.n_diverged += len(texts)
         return AblatedAnswers(changed, dict(sorted(texts.items())))
 
-    # ------------------------------------------------------------ preparation
+    # ------------------------------------------------------------ running
 
-    def _answer_tokens(self, generation: Generation) -> tuple[int, ...]:
-        """The baseline's answer tokens that matter, with the stop token if there was one."""
-        tokens = (*generation.ids, min(self.lm.stop_token_ids)) if generation.stopped else generation.ids
-        finished = (length for length in range(1, len(tokens) + 1) if self._is_finished(tokens[:length]))
-        return tokens[: next(finished, len(tokens))]
+    def _run_block(
+        self, number: int, members: list[int], groups: Sequence[Sequence[Neuron]], order: list[int]
+    ) -> Iterator[tuple[list[int], dict[tuple[int, int], str]]]:
+        """Run all groups on some datapoints of a block, in chunks: (group numbers, changed answers by place)."""
+        places = torch.tensor([self._block_of[d][1] for d in members], device=self.lm.device)
+        state = self._state(number).select(places)
+        decided = self._places(state, members)
+        if decided is None:
+            yield order, {}
+            return
+        windows = [self._windows[d] for d in members]
+        numbers_for_table = torch.tensor(members, device=self.lm.device)
+        start = 0
+        while start < len(order):
+            n_groups, decode_rows = self._chunk_size(state)
+            numbers = order[start : start + n_groups]
+            chosen = [groups[i] for i in numbers]
+            try:
+                chunk = ChunkRun(self.lm, self.table, self.end, chosen, state, windows, numbers_for_table, decided)
+                found = chunk.run(decode_rows)
+            except (torch.OutOfMemoryError, MemoryError):
+                self._shrink()
+                continue
+            yield numbers, found
+            start += len(numbers)
+
+    def _chunk_size(self, state: BaselineState) -> tuple[int, int]:
+        """How many groups go through the network together, and how many rows are decoded together."""
+        n_datapoints, width = state.tokens.shape
+        kv_values = 2 * state.keys[0].shape[1] * self.lm.d_head * self.lm.n_layers
+        widest = 20 * self.lm.d_model
+        scores = 2 * self.lm.n_heads * (state.prefix.bias.shape[1] + width)
+        row_bytes = self.lm.dtype.itemsize * width * (kv_values + widest + scores)
+        n_groups = max(1, int(self.memory_bytes / row_bytes / n_datapoints))
+        n_slots = state.prefix.bias.shape[1] + width + self.end.max_new_tokens
+        return n_groups, max(16, int(self.memory_bytes / (2 * self.lm.dtype.itemsize * kv_values * n_slots)))
+
+    def _shrink(self) -> None:
+        """Halve the working memory after running out of it."""
+        self.memory_bytes //= 2
+        if self.memory_bytes < _SMALLEST_BUDGET:
+            raise UserError("an ablated datapoint does not fit into memory; use a smaller model or --dtype bfloat16")
+        if self.lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _places(self, state: BaselineState, members: list[int]) -> Places | None:
+        """Where these datapoints decide answer tokens; None if none does."""
+        found = [
+            (row, window.first_prediction + number - window.first_token, number, window.answer[number])
+            for row, window in enumerate(self._windows[d] for d in members)
+            for number in range(window.first_token, len(window.answer))
+        ]
+        if not found:
+            return None
+        rows, positions, numbers, expected = zip(*found, strict=True)
+        row_tensor, position_tensor, expected_tensor = (
+            torch.tensor(column, device=self.lm.device) for column in (rows, positions, expected)
+        )
+        rivals = self._rivals(state, members, row_tensor, position_tensor)
+        return Places(row_tensor, position_tensor, list(numbers), expected_tensor, rivals)
+
+    def _rivals(self, state: BaselineState, members: list[int], rows: torch.Tensor, positions: torch.Tensor) -> Rivals:
+        """Rivals of the baseline's tokens at these places; kept per datapoint, as every call asks for them again."""
+        missing = [row for row, datapoint in enumerate(members) if datapoint not in self._rivals_of]
+        if missing:
+            wanted = torch.isin(rows, torch.tensor(missing, device=rows.device))
+            found = find_rivals(self.lm, state.final[rows[wanted], positions[wanted]])
+            owners = rows[wanted]
+            for row in missing:
+                self._rivals_of[members[row]] = found.select(torch.nonzero(owners == row).flatten())
+        parts = [self._rivals_of[datapoint] for datapoint in members]
+        return Rivals(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens"))
+        )
+
+    # ------------------------------------------------------------ preparation
 
     def _check(self, groups: Sequence[Sequence[Neuron]]) -> None:
         unseen = {neuron for group in groups for neuron in group} - self._known
@@ -199,291 +254,6 @@ class AblationEngine:
                 del self._states[next(iter(self._states))]
         self._states[number] = state
         return state
-
-    def _chunks(self, groups: Sequence[Sequence[Neuron]], state: BaselineState) -> Iterator[_Chunk]:
-        """Groups in the order in which they leave the baseline, as many at a time as fit into memory."""
-        stages = [leaving_stage(group, self.lm.n_layers) for group in groups]
-        order = sorted(range(len(groups)), key=lambda i: (stages[i], i))
-        n_datapoints, width = state.tokens.shape
-        d_mlp = 4 * self.lm.d_model
-        kv = 2 * state.keys[0].shape[1] * self.lm.d_head * self.lm.n_layers
-        row_bytes = 4 * width * (kv + 8 * self.lm.d_model + 3 * d_mlp) + 8 * self.lm.n_heads * width * (
-            state.prefix.bias.shape[1] + width
-        )
-        per_chunk = max(1, int(self.memory_bytes / row_bytes / n_datapoints))
-        for start in range(0, len(order), per_chunk):
-            numbers = order[start : start + per_chunk]
-            chosen = [groups[i] for i in numbers]
-            chunk = _Chunk(chosen, numbers, GroupEdits.build(chosen, self.lm.d_model, self.lm.n_layers, self.lm.device))
-            chunk.n_active = [
-                sum(stage <= 2 * layer for stage in chunk.edits.first_stage) for layer in range(self.lm.n_layers + 1)
-            ]
-            yield chunk
-
-    # ------------------------------------------------------------ one chunk
-
-    def _run_chunk(self, chunk: _Chunk, state: BaselineState, members: list[int]) -> dict[tuple[int, int], str]:
-        """Changed answers by (group number, datapoint row)."""
-        editor = Editor(self.lm, self.table, chunk.edits)
-        datapoints = torch.tensor(members, device=self.lm.device)
-        with torch.inference_mode():
-            hidden, cache = self._teacher_forced_pass(chunk, state, editor, datapoints)
-            finished, open_rows = self._first_differences(hidden, state, members)
-            del hidden
-            answers = finished
-            if open_rows:
-                answers.update(self._decode(chunk, state, editor, datapoints, cache, open_rows, members))
-        n_datapoints = len(members)
-        return {
-            (chunk.numbers[row // n_datapoints], row % n_datapoints): self.lm.decode(ids)
-            for row, ids in answers.items()
-        }
-
-    def _teacher_forced_pass(
-        self, chunk: _Chunk, state: BaselineState, editor: Editor, datapoints: torch.Tensor
-    ) -> tuple[torch.Tensor, WindowCache]:
-        """Feed the baseline's tokens under ablation: final residual [group * datapoint, position, d_model].
-
-        A group joins the batch at the layer where it leaves the baseline.
-        """
-        n_datapoints, width = state.tokens.shape
-        hidden = state.final.new_zeros(0, width, self.lm.d_model)
-        cache = WindowCache.empty(self.lm.n_layers)
-        bias = causal_bias(width, self.lm.device)
-        with attention_replaced(self.lm.model, self.lm.family, shared_attention(state.prefix, bias)):
-            for layer in range(self.lm.n_layers):
-                n_active = chunk.n_active[layer]
-                hidden = self._join_before(chunk, state, layer, hidden)
-                if n_active:
-                    groups = torch.arange(n_active, device=self.lm.device).repeat_interleave(n_datapoints)
-                    positions = state.positions.repeat(n_active, 1)
-                    with editor.active(layer, groups, positions, datapoints.repeat(n_active)):
-                        hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, cache)
-                hidden = self._join_after(chunk, state, editor, layer, hidden, datapoints)
-        n_missing = len(chunk.groups) - hidden.shape[0] // n_datapoints
-        return torch.cat([hidden, state.final.repeat(n_missing, 1, 1)]), cache
-
-    def _join_before(self, chunk: _Chunk, state: BaselineState, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Add the groups that ablate attention units of this layer first."""
-        n_joining = sum(stage == 2 * layer for stage in chunk.edits.first_stage)
-        if not n_joining:
-            return hidden
-        return torch.cat([hidden, block_input(self.lm, state, layer).repeat(n_joining, 1, 1)])
-
-    def _join_after(
-        self,
-        chunk: _Chunk,
-        state: BaselineState,
-        editor: Editor,
-        layer: int,
-        hidden: torch.Tensor,
-        datapoints: torch.Tensor,
-    ) -> torch.Tensor:
-        """Add the groups whose first edit is this layer's MLP write, from the baseline's block output."""
-        joining = [g for g, stage in enumerate(chunk.edits.first_stage) if stage == 2 * layer + 1]
-        if not joining:
-            return hidden
-        label = f"m{layer}"
-        numbers, masks = chunk.edits.masks[label]
-        place = {int(number): i for i, number in enumerate(numbers)}
-        masks = masks[[place[g] for g in joining]]
-        n_datapoints = len(datapoints)
-        write = state.mlp_writes[layer]
-        values = self.table.values(label, state.positions, datapoints).to(write.dtype)
-        if self.lm.centred_writes:
-            values = values + write.mean(dim=-1, keepdim=True)
-        edited = torch.where(masks[:, None, None], values[None], write[None])
-        joined = combine_layer(self.lm, state, layer, edited)
-        return torch.cat([hidden, joined.view(len(joining) * n_datapoints, *write.shape[1:])])
-
-    # ------------------------------------------------------------ comparing with the baseline
-
-    def _first_differences(
-        self, hidden: torch.Tensor, state: BaselineState, members: list[int]
-    ) -> tuple[dict[int, list[int]], dict[int, tuple[int, int]]]:
-        """Compare each row's predicted tokens with the baseline's.
-
-        Returns rows whose new answer is already complete (row -> ids), and rows to be decoded further
-        (row -> (number of answer tokens kept, the first new token)).
-        """
-        n_datapoints = len(members)
-        windows = [self._windows[d] for d in members]
-        places = [
-            (row, window.first_prediction + number - window.first_token, number)
-            for row, window in enumerate(windows)
-            for number in range(window.first_token, len(window.answer))
-        ]
-        if not places:
-            return {}, {}
-        rows, positions, _ = (torch.tensor(column, device=hidden.device) for column in zip(*places, strict=True))
-        by_group = hidden.view(-1, n_datapoints, *hidden.shape[1:])[:, rows, positions]
-        predicted = self._as_one_stop(
-            next_tokens_near(self.lm, self._rivals(state, members, rows, positions), by_group)
-        )
-        expected = torch.tensor([windows[row].answer[number] for row, _, number in places], device=hidden.device)
-        finished: dict[int, list[int]] = {}
-        open_rows: dict[int, tuple[int, int]] = {}
-        for group, place in torch.nonzero(predicted != expected[None]).tolist():
-            datapoint, _, kept = places[place]
-            row = group * n_datapoints + datapoint
-            if row in finished or row in open_rows:
-                continue
-            token = int(predicted[group, place])
-            ids = [*windows[datapoint].answer[:kept], token]
-            if self._is_finished(ids):
-                finished[row] = self._without_stop(ids)
-            else:
-                open_rows[row] = (kept, token)
-        return finished, open_rows
-
-    def _rivals(self, state: BaselineState, members: list[int], rows: torch.Tensor, positions: torch.Tensor) -> Rivals:
-        """Rivals of the baseline's tokens at these places; kept per datapoint, as every call asks for them again."""
-        missing = [row for row, datapoint in enumerate(members) if datapoint not in self._rivals_of]
-        if missing:
-            wanted = torch.isin(rows, torch.tensor(missing, device=rows.device))
-            found = find_rivals(self.lm, state.final[rows[wanted], positions[wanted]])
-            owners = rows[wanted]
-            for row in missing:
-                self._rivals_of[members[row]] = found.select(torch.nonzero(owners == row).flatten())
-        parts = [self._rivals_of[datapoint] for datapoint in members]
-        return Rivals(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens"))
-        )
-
-    def _as_one_stop(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All stop tokens mean the same, the answer ends: the lowest stands for all."""
-        stops = torch.tensor(sorted(self.lm.stop_token_ids), device=tokens.device)
-        return torch.where(torch.isin(tokens, stops), stops[:1], tokens) if len(stops) else tokens
-
-    def _is_finished(self, ids: Sequence[int]) -> bool:
-        """True if nothing after these answer tokens matters."""
-        if ids[-1] in self.lm.stop_token_ids or len(ids) >= self.max_new_tokens:
-            return True
-        return self.is_complete is not None and self.is_complete(self.lm.decode(ids))
-
-    def _without_stop(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids if token not in self.lm.stop_token_ids]
-
-    # ------------------------------------------------------------ decoding rows that left the baseline
-
-    def _decode(
-        self,
-        chunk: _Chunk,
-        state: BaselineState,
-        editor: Editor,
-        datapoints: torch.Tensor,
-        cache: WindowCache,
-        open_rows: dict[int, tuple[int, int]],
-        members: list[int],
-    ) -> dict[int, list[int]]:
-        """Continue rows from their first new token, greedily: row -> answer ids."""
-        answers: dict[int, list[int]] = {}
-        rows = sorted(open_rows)
-        kv_bytes = (
-            8
-            * state.keys[0].shape[1]
-            * self.lm.d_head
-            * self.lm.n_layers
-            * (state.tokens.shape[1] + self.max_new_tokens)
-        )
-        step = max(16, int(self.memory_bytes / 2 / max(kv_bytes, 1)))
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            answers.update(
-                self._decode_rows(
-                    chunk, state, editor, datapoints, cache, {row: open_rows[row] for row in part}, members
-                )
-            )
-        return answers
-
-    def _decode_rows(
-        self,
-        chunk: _Chunk,
-        state: BaselineState,
-        editor: Editor,
-        datapoints: torch.Tensor,
-        cache: WindowCache,
-        open_rows: dict[int, tuple[int, int]],
-        members: list[int],
-    ) -> dict[int, list[int]]:
-        device = self.lm.device
-        rows = list(open_rows)
-        windows = [self._windows[members[row % len(members)]] for row in rows]
-        ids = [
-            [*window.answer[: open_rows[row][0]], open_rows[row][1]] for row, window in zip(rows, windows, strict=True)
-        ]
-        slots = torch.tensor(
-            [
-                window.first_prediction + open_rows[row][0] - window.first_token + 1
-                for row, window in zip(rows, windows, strict=True)
-            ],
-            device=device,
-        )
-        local = torch.tensor(rows, device=device)
-        place, groups = local % len(members), local // len(members)
-        own = self._own_cache(chunk, state, cache, local, place)
-        prefix = state.prefix.select(place)
-        alive = torch.arange(len(rows), device=device)
-        while len(alive):
-            own.slots = slots[alive]
-            token = torch.tensor([[ids[i][-1]] for i in alive.tolist()], device=device)
-            positions = state.prefix_length[place[alive]][:, None] + own.slots[:, None]
-            new = self._decode_step(prefix, own, token, positions, editor, groups[alive], datapoints[place[alive]])
-            for i, next_token in zip(alive.tolist(), new.tolist(), strict=True):
-                ids[i].append(next_token)
-            kept = [index for index, i in enumerate(alive.tolist()) if not self._is_finished(ids[i])]
-            if len(kept) < len(alive):
-                keep = torch.tensor(kept, dtype=torch.long, device=device)
-                own = WindowCache([k[keep] for k in own.keys], [v[keep] for v in own.values])
-                prefix = prefix.select(keep)
-                alive = alive[keep]
-            slots = slots + 1
-        return {row: self._without_stop(answer) for row, answer in zip(rows, ids, strict=True)}
-
-    def _own_cache(
-        self, chunk: _Chunk, state: BaselineState, cache: WindowCache, rows: torch.Tensor, place: torch.Tensor
-    ) -> WindowCache:
-        """Keys and values of the rows' windows with room for new tokens, one [row, kv head, slot, d_head] per layer.
-
-        Below the layer where a group left the baseline they are the baseline's.
-        """
-        n_slots = state.tokens.shape[1] + self.max_new_tokens
-        n_datapoints = state.tokens.shape[0]
-        keys, values = [], []
-        for layer in range(self.lm.n_layers):
-            active = rows < chunk.n_active[layer] * n_datapoints
-            for store, passed, baseline in (
-                (keys, cache.keys[layer], state.keys[layer]),
-                (values, cache.values[layer], state.values[layer]),
-            ):
-                room = baseline.new_zeros(len(rows), baseline.shape[1], n_slots, baseline.shape[3])
-                window = baseline[place]
-                if bool(active.any()):
-                    window[active] = passed[rows[active]]
-                room[:, :, : window.shape[2]] = window
-                store.append(room)
-        return WindowCache(keys, values)
-
-    def _decode_step(
-        self,
-        prefix: Prefix,
-        own: WindowCache,
-        token: torch.Tensor,
-        positions: torch.Tensor,
-        editor: Editor,
-        groups: torch.Tensor,
-        datapoints: torch.Tensor,
-    ) -> torch.Tensor:
-        """Run one new token of each row through the network under ablation: the next token of each row."""
-        n_slots = own.keys[0].shape[2]
-        visible = torch.arange(n_slots, device=token.device)[None] <= own.slots[:, None]
-        bias = torch.zeros(visible.shape, device=token.device).masked_fill(~visible, MINUS_INFINITY)[:, None]
-        with attention_replaced(self.lm.model, self.lm.family, shared_attention(prefix, bias)):
-            hidden = embed(self.lm.model, self.lm.family, token, positions)
-            for layer in range(self.lm.n_layers):
-                with editor.active(layer, groups, positions, datapoints):
-                    hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, own)
-        return next_tokens(self.lm, hidden[:, 0])
 
 
 def _window(prompt: list[int], answer: tuple[int, ...], decode_only: bool, scope: DecodeScope) -> Window:

@@ -1,0 +1,250 @@
+"""One trip through the network: some groups of ablated neurons on some datapoints, from the baseline to new answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lib.architectures import attention_replaced, embed, run_block
+from lib.engine_forward import (
+    MINUS_INFINITY,
+    Editor,
+    GroupEdits,
+    Prefix,
+    WindowCache,
+    causal_bias,
+    shared_attention,
+)
+from lib.engine_logits import Rivals, next_tokens, next_tokens_near
+from lib.engine_state import BaselineState, Window, block_input, combine_layer
+from lib.interventions import ReplacementTable
+from lib.modeling_and_ablation import Generation, LanguageModel
+from lib.neurons import Neuron
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """When an answer is over: a stop token, the token limit, or the task's word that nothing after it matters."""
+
+    lm: LanguageModel
+    max_new_tokens: int
+    is_complete: Callable[[str], bool] | None
+
+    def is_finished(self, ids: Sequence[int]) -> bool:
+        """True if nothing after these answer tokens matters."""
+        if ids[-1] in self.lm.stop_token_ids or len(ids) >= self.max_new_tokens:
+            return True
+        return self.is_complete is not None and self.is_complete(self.lm.decode(ids))
+
+    def tokens_that_matter(self, generation: Generation) -> tuple[int, ...]:
+        """A baseline answer's tokens up to its end, with the stop token if there was one."""
+        tokens = (*generation.ids, min(self.lm.stop_token_ids)) if generation.stopped else generation.ids
+        finished = (length for length in range(1, len(tokens) + 1) if self.is_finished(tokens[:length]))
+        return tokens[: next(finished, len(tokens))]
+
+    def without_stop(self, ids: Sequence[int]) -> list[int]:
+        """The answer's own tokens."""
+        return [token for token in ids if token not in self.lm.stop_token_ids]
+
+    def as_one_stop(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All stop tokens mean the same, the answer ends: the lowest stands for all."""
+        stops = torch.tensor(sorted(self.lm.stop_token_ids), device=tokens.device)
+        return torch.where(torch.isin(tokens, stops), stops[:1], tokens) if len(stops) else tokens
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the datapoints' windows decide answer tokens: the baseline's prediction places of a block's selection.
+
+    rows, positions [place]: datapoint row and window position. numbers: which answer token is decided there. expected
+    [place]: the baseline's token. rivals: see `engine_logits`.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    numbers: list[int]
+    expected: torch.Tensor
+    rivals: Rivals
+
+
+class ChunkRun:
+    """Groups that go through the network together, in the order in which they leave the baseline.
+
+    groups: ordered by `leaving_stage`. state: baseline of the datapoints. windows: their tokens. datapoints: their
+    numbers for the replacement table, [datapoint]. places: None where no window decides any token.
+    A row is group * n_datapoints + datapoint.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        table: ReplacementTable,
+        end: AnswerEnd,
+        groups: Sequence[Sequence[Neuron]],
+        state: BaselineState,
+        windows: Sequence[Window],
+        datapoints: torch.Tensor,
+        places: Places,
+    ) -> None:
+        self.lm, self.table, self.end, self.state = lm, table, end, state
+        self.windows, self.datapoints, self.places = windows, datapoints, places
+        self.n_groups, self.n_datapoints = len(groups), len(datapoints)
+        self.edits = GroupEdits.build(groups, lm.d_model, lm.n_layers, lm.device)
+        self.editor = Editor(lm, table, self.edits)
+        self.n_active = [sum(stage <= 2 * layer for stage in self.edits.first_stage) for layer in range(lm.n_layers)]
+        """Per layer: how many groups are run through that block."""
+        self.cache = WindowCache.empty(lm.n_layers)
+
+    def run(self, decode_rows: int) -> dict[tuple[int, int], str]:
+        """Changed answers by (group, datapoint) place; `decode_rows` rows at a time are decoded further."""
+        with torch.inference_mode():
+            answers, open_rows = self._first_differences(self._teacher_forced_pass())
+            rows = sorted(open_rows)
+            for start in range(0, len(rows), decode_rows):
+                answers |= self._decode({row: open_rows[row] for row in rows[start : start + decode_rows]})
+        return {divmod(row, self.n_datapoints): self.lm.decode(ids) for row, ids in sorted(answers.items())}
+
+    # ------------------------------------------------------------ the baseline's tokens under ablation
+
+    def _teacher_forced_pass(self) -> torch.Tensor:
+        """Feed the baseline's tokens under ablation: final residual [group, datapoint, position, d_model].
+
+        A group joins the batch at the layer where it leaves the baseline.
+        """
+        state, width = self.state, self.state.tokens.shape[1]
+        hidden = state.final.new_zeros(0, width, self.lm.d_model)
+        attend = shared_attention(state.prefix, causal_bias(width, self.lm.device))
+        with attention_replaced(self.lm.model, self.lm.family, attend):
+            for layer, n_active in enumerate(self.n_active):
+                hidden = self._join_before(layer, hidden)
+                if n_active:
+                    groups = torch.arange(n_active, device=self.lm.device).repeat_interleave(self.n_datapoints)
+                    positions = state.positions.repeat(n_active, 1)
+                    with self.editor.active(layer, groups, positions, self.datapoints.repeat(n_active)):
+                        hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, self.cache)
+                hidden = self._join_after(layer, hidden)
+        n_missing = self.n_groups - hidden.shape[0] // self.n_datapoints
+        everything = torch.cat([hidden, state.final.repeat(n_missing, 1, 1)])
+        return everything.view(self.n_groups, self.n_datapoints, width, self.lm.d_model)
+
+    def _join_before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Add the groups that ablate attention units of this layer first."""
+        n_joining = sum(stage == 2 * layer for stage in self.edits.first_stage)
+        if not n_joining:
+            return hidden
+        return torch.cat([hidden, block_input(self.lm, self.state, layer).repeat(n_joining, 1, 1)])
+
+    def _join_after(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Add the groups whose first edit is this layer's MLP write, from the baseline's block output."""
+        joining = [group for group, stage in enumerate(self.edits.first_stage) if stage == 2 * layer + 1]
+        if not joining:
+            return hidden
+        label = f"m{layer}"
+        numbers, masks = self.edits.masks[label]
+        place = {int(number): i for i, number in enumerate(numbers)}
+        masks = masks[[place[group] for group in joining]]
+        write = self.state.mlp_writes[layer]
+        values = self.table.values(label, self.state.positions, self.datapoints).to(write.dtype)
+        if self.lm.centred_writes:
+            values = values + write.mean(dim=-1, keepdim=True)
+        edited = torch.where(masks[:, None, None], values[None], write[None])
+        joined = combine_layer(self.lm, self.state, layer, edited)
+        return torch.cat([hidden, joined.flatten(0, 1)])
+
+    # ------------------------------------------------------------ comparing with the baseline
+
+    def _first_differences(self, hidden: torch.Tensor) -> tuple[dict[int, list[int]], dict[int, tuple[int, int]]]:
+        """Compare each row's predicted tokens with the baseline's.
+
+        Returns rows whose new answer is already complete (row -> ids), and rows to be decoded further
+        (row -> (number of answer tokens kept, the first new token)).
+        """
+        places = self.places
+        predicted = next_tokens_near(self.lm, places.rivals, hidden[:, places.rows, places.positions])
+        predicted = self.end.as_one_stop(predicted)
+        finished: dict[int, list[int]] = {}
+        open_rows: dict[int, tuple[int, int]] = {}
+        datapoint_of = places.rows.tolist()
+        for group, place in torch.nonzero(predicted != places.expected[None]).tolist():
+            datapoint, kept = datapoint_of[place], places.numbers[place]
+            row = group * self.n_datapoints + datapoint
+            if row in finished or row in open_rows:
+                continue
+            token = int(predicted[group, place])
+            ids = [*self.windows[datapoint].answer[:kept], token]
+            if self.end.is_finished(ids):
+                finished[row] = self.end.without_stop(ids)
+            else:
+                open_rows[row] = (kept, token)
+        return finished, open_rows
+
+    # ------------------------------------------------------------ decoding rows that left the baseline
+
+    def _decode(self, open_rows: dict[int, tuple[int, int]]) -> dict[int, list[int]]:
+        """Continue rows from their first new token, greedily: row -> answer ids."""
+        device = self.lm.device
+        rows = torch.tensor(list(open_rows), device=device)
+        places, groups = rows % self.n_datapoints, rows // self.n_datapoints
+        windows = [self.windows[place] for place in places.tolist()]
+        starts = list(zip(windows, open_rows.values(), strict=True))
+        ids = [[*window.answer[:kept], token] for window, (kept, token) in starts]
+        first_slots = [window.first_prediction + kept - window.first_token + 1 for window, (kept, _) in starts]
+        slots = torch.tensor(first_slots, device=device)
+        own, prefix = self._own_cache(rows, places), self.state.prefix.select(places)
+        alive = torch.arange(len(rows), device=device)
+        while len(alive):
+            own.slots = slots[alive]
+            token = torch.tensor([[ids[i][-1]] for i in alive.tolist()], device=device)
+            positions = self.state.prefix_length[places[alive]][:, None] + own.slots[:, None]
+            new = self._decode_step(prefix, own, token, positions, groups[alive], self.datapoints[places[alive]])
+            for i, next_token in zip(alive.tolist(), new.tolist(), strict=True):
+                ids[i].append(next_token)
+            kept = [index for index, i in enumerate(alive.tolist()) if not self.end.is_finished(ids[i])]
+            if len(kept) < len(alive):
+                keep = torch.tensor(kept, dtype=torch.long, device=device)
+                own = WindowCache([keys[keep] for keys in own.keys], [values[keep] for values in own.values])
+                prefix, alive = prefix.select(keep), alive[keep]
+            slots = slots + 1
+        return {row: self.end.without_stop(answer) for row, answer in zip(open_rows, ids, strict=True)}
+
+    def _own_cache(self, rows: torch.Tensor, places: torch.Tensor) -> WindowCache:
+        """Keys and values of the rows' windows with room for new tokens, one [row, kv head, slot, d_head] per layer.
+
+        Below the layer where a group left the baseline they are the baseline's.
+        """
+        n_slots = self.state.tokens.shape[1] + self.end.max_new_tokens
+        cache = WindowCache([], [])
+        for layer, n_active in enumerate(self.n_active):
+            active = rows < n_active * self.n_datapoints
+            for store, passed, baseline in (
+                (cache.keys, self.cache.keys[layer], self.state.keys[layer]),
+                (cache.values, self.cache.values[layer], self.state.values[layer]),
+            ):
+                room = baseline.new_zeros(len(rows), baseline.shape[1], n_slots, baseline.shape[3])
+                window = baseline[places]
+                if bool(active.any()):
+                    window[active] = passed[rows[active]]
+                room[:, :, : window.shape[2]] = window
+                store.append(room)
+        return cache
+
+    def _decode_step(
+        self,
+        prefix: Prefix,
+        own: WindowCache,
+        token: torch.Tensor,
+        positions: torch.Tensor,
+        groups: torch.Tensor,
+        datapoints: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run one new token of each row through the network under ablation: the next token of each row."""
+        visible = torch.arange(own.keys[0].shape[2], device=token.device)[None] <= own.slots[:, None]
+        bias = torch.zeros(visible.shape, device=token.device).masked_fill(~visible, MINUS_INFINITY)[:, None]
+        with attention_replaced(self.lm.model, self.lm.family, shared_attention(prefix, bias)):
+            hidden = embed(self.lm.model, self.lm.family, token, positions)
+            for layer in range(self.lm.n_layers):
+                with self.editor.active(layer, groups, positions, datapoints):
+                    hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, own)
+        return next_tokens(self.lm, hidden[:, 0])
