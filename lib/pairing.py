@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lib.cli import UserError
 from lib.spectral_options import BOOLEAN_METRICS, METRICS
+
+if TYPE_CHECKING:
+    from lib.representations import RowView
 
 PASS_LABELS = ("length-matched + unique", "length-matched", "unique", "any")
 _CHUNK_VALUES = 4_000_000
@@ -119,8 +122,8 @@ def _boolean_distances(sources: np.ndarray, targets: np.ndarray, metric: str) ->
 
 
 def pair_by_similarity(
-    sources: np.ndarray,
-    targets: np.ndarray,
+    sources: np.ndarray | RowView,
+    targets: np.ndarray | RowView,
     source_lengths: Lengths,
     target_lengths: Lengths,
     *,
@@ -167,8 +170,8 @@ def pair_by_similarity(
 
 
 def _cheapest_targets(
-    sources: np.ndarray,
-    targets: np.ndarray,
+    sources: np.ndarray | RowView,
+    targets: np.ndarray | RowView,
     source_lengths: Lengths,
     target_lengths: Lengths,
     metric: str,
@@ -180,7 +183,8 @@ def _cheapest_targets(
     """
     n_sources, n_targets = len(sources), len(targets)
     n_candidates = min(n_sources, n_targets)
-    sample = np.concatenate([sources, targets[:10_000]])
+    sources = np.asarray(sources)
+    sample = np.concatenate([sources, np.asarray(targets[:10_000])])
     distance = distance_function(metric, sample)
     block = max(1, _CHUNK_VALUES // max(n_sources, targets.shape[1]))
     kept: tuple[np.ndarray, ...] | None = None
@@ -197,9 +201,19 @@ def _cheapest_targets(
             else tuple(np.concatenate([old, new], axis=1) for old, new in zip(kept, pieces, strict=True))
         )
         if kept[0].shape[1] > n_candidates:
-            best = np.lexsort((kept[0], kept[1], ~kept[2]), axis=1)[:, :n_candidates]
-            kept = tuple(np.take_along_axis(array, best, axis=1) for array in kept)
+            kept = _smallest(kept, n_candidates)
     return kept
+
+
+def _smallest(kept: tuple[np.ndarray, ...], n: int) -> tuple[np.ndarray, ...]:
+    """The `n` best columns of each row: matched ones first, then by distance; in order of position."""
+    positions, distances, matched = kept
+    largest = distances[np.isfinite(distances)].max(initial=0.0)
+    finite = np.where(np.isfinite(distances), distances, 2 * largest + 1)
+    # Unmatched distances are shifted behind all matched ones; the shift costs digits only among the unmatched.
+    keys = np.where(matched, finite, finite + (finite.max() + 1))
+    best = np.sort(np.argpartition(keys, n - 1, axis=1)[:, :n], axis=1)
+    return tuple(np.take_along_axis(array, best, axis=1) for array in (positions, distances, matched))
 
 
 def pairing_report(

@@ -56,6 +56,31 @@ class RepresentationSpec:
     dtype: str = "float32"
 
 
+@dataclass(frozen=True)
+class RowView:
+    """Chosen rows of a (memory-mapped) table, read where they are looked at: never all of them at once.
+
+    Slicing gives an array; so does `numpy.asarray`, for small ones.
+    """
+
+    table: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, width)"""
+        return len(self.rows), self.table.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        return self.table[self.rows[key]]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.table[self.rows], dtype=dtype)
+
+
 def prompt_representations(
     ai_model: str,
     load: Callable[[], LanguageModel],

@@ -17,27 +17,27 @@ from lib.modeling_and_ablation import LanguageModel
 
 
 def activation_path_scores(
-    language_model: LanguageModel, batch: PairBatch, settings: AttributionSettings, table: ReplacementTable | None
-) -> NeuronScores:
-    """Scores of one batch. The heads of a layer move together, as one component; all other components recompute."""
+    language_model: LanguageModel,
+    batch: PairBatch,
+    settings: AttributionSettings,
+    table: ReplacementTable | None,
+    scores: NeuronScores,
+) -> None:
+    """Adds one batch to `scores`. The heads of a layer move together, as one component; all others recompute."""
     observation, changes = prepare(language_model, batch, settings, table, Watch(attention=settings.with_heads))
     yardstick = clean_yardstick(language_model, batch, settings, observation)
     path = _Path(language_model, observation, yardstick, settings, batch.border)
-    n_heads = language_model.n_heads if settings.with_heads else None
-    scores = NeuronScores.zeros(language_model.n_layers, n_heads, language_model.d_model, language_model.device)
-    scores.n_pairs = batch.n_pairs
     for layer, change in changes.mlp.items():
         gradient = path.mean_gradient(change, lambda edit, layer=layer: {"mlp_edits": {layer: edit}})
-        scores.mlp[layer] = (change * gradient).double().sum(dim=(0, 1))
+        scores.add_mlp(layer, (change * gradient).sum(dim=1))
     for layer in changes.head_layers:
         change = changes.attention(language_model, layer)
         gradient = path.mean_gradient(
             change, lambda edit, layer=layer: {"attention_edits": {layer: lambda output, _: edit(output)}}
         )
-        scores.heads[layer] = changes.head_scores(language_model, layer, gradient)
+        scores.add_heads(layer, changes.head_scores(language_model, layer, gradient))
     gradient = path.mean_gradient(changes.embedding, None)
-    scores.embedding += (changes.embedding * gradient).double().sum(dim=(0, 1))
-    return scores
+    scores.add_embedding((changes.embedding * gradient).sum(dim=1))
 
 
 class _Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from lib.cli import UserError
-from lib.eap.changes import Changes, prepare
+from lib.eap.changes import prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import Pair, PairBatch, batches
 from lib.eap.runs import Activations, Observation, Watch, answer_logits, mlp_norm, run
@@ -57,15 +57,15 @@ def attribute_neurons(
     one_batch = {Method.EAP_IG_ACTIVATIONS: activation_path_scores, Method.EXACT: exact_neuron_scores}.get(
         settings.method, input_path_scores
     )
-    n_heads = language_model.n_heads if settings.with_heads else None
-    total = NeuronScores.zeros(language_model.n_layers, n_heads, language_model.d_model, language_model.device)
+    scores = NeuronScores.empty(language_model, settings.with_heads)
     ticks = iter(progress or ())
     for batch in batches(pairs, batch_size, language_model.pad_token_id):
-        total.add_(one_batch(language_model, batch.to(language_model.device), settings, table))
+        one_batch(language_model, batch.to(language_model.device), settings, table, scores)
+        scores.n_pairs += batch.n_pairs
         for _ in batch.numbers:
             next(ticks, None)
     next(ticks, None)
-    return total
+    return scores
 
 
 def clean_yardstick(
@@ -81,11 +81,15 @@ def clean_yardstick(
 
 
 def input_path_scores(
-    language_model: LanguageModel, batch: PairBatch, settings: AttributionSettings, table: ReplacementTable | None
-) -> NeuronScores:
+    language_model: LanguageModel,
+    batch: PairBatch,
+    settings: AttributionSettings,
+    table: ReplacementTable | None,
+    scores: NeuronScores,
+) -> None:
     """EAP, EAP-IG-inputs and clean-corrupted: gradients at points between clean and corrupted token embeddings.
 
-    All points of the path are rows of one batch.
+    All points of the path are rows of one batch. Adds to `scores`.
     """
     watch = Watch(mlp_inputs=settings.gradient_site is GradientSite.MLP_IN, attention=settings.with_heads)
     observation, changes = prepare(language_model, batch, settings, table, watch)
@@ -103,12 +107,12 @@ def input_path_scores(
         loss = repeated.measure(logits).sum()
         gradients = gradients_at_sites(language_model, loss, kept, settings)
 
-    def averaged(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.float().unflatten(0, (-1, n_points)).mean(dim=1)
-
-    return _score(
-        language_model, changes, {name: averaged(g) for name, g in gradients.items()}, batch.n_pairs, settings
-    )
+    averaged = {site: g.float().unflatten(0, (-1, n_points)).mean(dim=1) for site, g in gradients.items()}
+    for layer, change in changes.mlp.items():
+        scores.add_mlp(layer, (change * averaged["mlp", layer]).sum(dim=1))
+    for layer in changes.head_layers:
+        scores.add_heads(layer, changes.head_scores(language_model, layer, averaged["attention", layer]))
+    scores.add_embedding((changes.embedding * averaged["embedding", 0]).sum(dim=1))
 
 
 def gradients_at_sites(
@@ -133,22 +137,3 @@ def _through_norm(norm: torch.nn.Module, residual: torch.Tensor, gradient: torch
     with torch.enable_grad():
         source = residual.detach().requires_grad_()
         return torch.autograd.grad(norm(source), source, gradient)[0]
-
-
-def _score(
-    language_model: LanguageModel,
-    changes: Changes,
-    gradients: dict[tuple[str, int], torch.Tensor],
-    n_pairs: int,
-    settings: AttributionSettings,
-) -> NeuronScores:
-    """Change times gradient, summed over pairs and columns."""
-    n_heads = language_model.n_heads if settings.with_heads else None
-    scores = NeuronScores.zeros(language_model.n_layers, n_heads, language_model.d_model, language_model.device)
-    scores.n_pairs = n_pairs
-    for layer, change in changes.mlp.items():
-        scores.mlp[layer] = (change * gradients["mlp", layer]).double().sum(dim=(0, 1))
-    for layer in changes.head_layers:
-        scores.heads[layer] = changes.head_scores(language_model, layer, gradients["attention", layer])
-    scores.embedding += (changes.embedding * gradients["embedding", 0]).double().sum(dim=(0, 1))
-    return scores

@@ -51,7 +51,7 @@ class Changes:
         return change
 
     def head_scores(self, language_model: LanguageModel, layer: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Change times gradient of one layer's head writes, summed over pairs and columns, [head, d_model] float64.
+        """Change times gradient of one layer's head writes, summed over columns, [pair, head, d_model].
 
         gradient: at the attention's output, [pair, column, d_model]. The write is linear in the mix, so the sum over
         positions is taken before the output projection and no head's write is ever formed.
@@ -59,11 +59,11 @@ class Changes:
         weight = language_model.head_output_weight(layer).float()
         if language_model.centred_writes:
             weight = weight - weight.mean(dim=-1, keepdim=True)
-        moments = self.mixes[layer].flatten(0, 1).T @ gradient.flatten(0, 1)
-        scores = (moments.view(weight.shape) * weight).double().sum(dim=1)
+        moments = self.mixes[layer].transpose(1, 2) @ gradient
+        scores = (moments.unflatten(1, weight.shape[:2]) * weight).sum(dim=2)
         if self.table:
             for head in range(language_model.n_heads):
-                scores[head] += (self._replacement(layer, head) * gradient).double().sum(dim=(0, 1))
+                scores[:, head] += (self._replacement(layer, head) * gradient).sum(dim=1)
         return scores
 
     def _replacement(self, layer: int, head: int) -> torch.Tensor:
@@ -73,6 +73,15 @@ class Changes:
 def table_values(table: ReplacementTable, label: str, positions: torch.Tensor) -> torch.Tensor:
     """Replacement write of a component at token positions [pair, column], [pair, column, d_model]."""
     return table.values(label, positions, torch.arange(len(positions), device=positions.device))
+
+
+def prepare_table(language_model: LanguageModel, table: ReplacementTable | None, with_heads: bool) -> None:
+    """Compute all values that will be asked for in one pass over the references, before any hook is in place."""
+    if table is None:
+        return
+    heads = range(language_model.n_heads if with_heads else 0)
+    layers = range(language_model.n_layers)
+    table.prepare([f"m{layer}" for layer in layers] + [f"a{layer}.h{head}" for layer in layers for head in heads])
 
 
 def first_column(batch: PairBatch, settings: AttributionSettings) -> int:
@@ -102,12 +111,13 @@ def prepare(
 
     table: replacement values of the mean interventions; None for patching and zero.
     """
+    prepare_table(language_model, table, settings.with_heads)
     first = first_column(batch, settings)
-    observation = observe(language_model, batch, first, watch)
+    patching = settings.intervention is AttributionIntervention.PATCHING
+    observation = observe(language_model, batch, first, watch, with_corrupted=patching)
     replaced = replaced_columns(batch, settings)[:, first:, None]
     positions = batch.positions[0][:, first:]
     clean, corrupted = observation.clean, observation.corrupted
-    patching = settings.intervention is AttributionIntervention.PATCHING
 
     def change(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         return torch.where(replaced, new.float() - old.float(), 0.0)
@@ -126,5 +136,6 @@ def prepare(
         for layer, mix in clean.mixes.items()
     }
     moved = (replaced_columns(batch, settings) & batch.has_counterpart)[:, first:, None]
-    embedding = torch.where(moved, corrupted.embeddings.float() - clean.embeddings.float(), 0.0)
+    corrupted_embeddings = language_model.model.get_input_embeddings()(batch.ids[1][:, first:])
+    embedding = torch.where(moved, corrupted_embeddings.float() - clean.embeddings.float(), 0.0)
     return observation, Changes(embedding, mlp, mixes, replaced, positions, None if patching else table)

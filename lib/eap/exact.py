@@ -79,19 +79,19 @@ def _adding(steps: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 
 def exact_neuron_scores(
-    language_model: LanguageModel, batch: PairBatch, settings: AttributionSettings, table: ReplacementTable | None
-) -> NeuronScores:
-    """Exact effect of every coordinate of every write, one batch."""
+    language_model: LanguageModel,
+    batch: PairBatch,
+    settings: AttributionSettings,
+    table: ReplacementTable | None,
+    scores: NeuronScores,
+) -> None:
+    """Adds the exact effect of every coordinate of every write, for one batch, to `scores`."""
     runs = ExactRuns(language_model, batch, settings, table)
-    n_heads = language_model.n_heads if settings.with_heads else None
-    scores = NeuronScores.zeros(language_model.n_layers, n_heads, language_model.d_model, language_model.device)
-    scores.n_pairs = batch.n_pairs
     units = range(language_model.d_model)
     for layer, change in runs.changes.mlp.items():
-        scores.mlp[layer] = runs.coordinate_effects("mlp", layer, change, units).sum(dim=1)
+        scores.add_mlp(layer, runs.coordinate_effects("mlp", layer, change, units).T)
     for layer in runs.changes.head_layers:
         for head in range(language_model.n_heads):
             change = runs.changes.head(language_model, layer, head)
-            scores.heads[layer, head] = runs.coordinate_effects("attention", layer, change, units).sum(dim=1)
-    scores.embedding += runs.coordinate_effects("embedding", 0, runs.changes.embedding, units).sum(dim=1)
-    return scores
+            scores.add_heads(layer, runs.coordinate_effects("attention", layer, change, units).T, head)
+    scores.add_embedding(runs.coordinate_effects("embedding", 0, runs.changes.embedding, units).T)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lib.eap.changes import first_column, replaced_columns, table_values
+from lib.eap.changes import first_column, prepare_table, replaced_columns, table_values
 from lib.eap.circuits import Layout
 from lib.eap.metrics import Metric, TokenAggregation, Yardstick
 from lib.eap.pairs import Pair, PairBatch, batches
@@ -125,6 +125,7 @@ class BatchEvaluation:
         with_heads: bool,
     ) -> None:
         self.language_model, self.batch, self.layout, self.table = language_model, batch, layout, table
+        prepare_table(language_model, table, with_heads)
         self.patching = settings.intervention is AttributionIntervention.PATCHING
         first = first_column(batch, settings)
         watch = Watch(attention=with_heads)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from lib.eap.metrics import Metric, TokenAggregation
+
+if TYPE_CHECKING:
+    from lib.modeling_and_ablation import LanguageModel
 
 
 class Method(Enum):
@@ -80,38 +84,67 @@ class AttributionSettings:
 
 
 @dataclass
-class NeuronScores:
-    """Sums over pairs of each coordinate's score, float64.
+class WriteTable:
+    """A number per coordinate of every write, float64.
 
-    mlp: [layer, d_model]. heads: [layer, head, d_model] or None. embedding: [d_model]. n_pairs: pairs summed.
+    mlp: [layer, d_model]. heads: [layer, head, d_model] or None. embedding: [d_model].
     """
 
     mlp: torch.Tensor
     heads: torch.Tensor | None
     embedding: torch.Tensor
+
+    @classmethod
+    def filled(cls, value: float, n_layers: int, n_heads: int | None, d_model: int, device: torch.device) -> WriteTable:
+        """The same number everywhere; `n_heads` None leaves heads out."""
+
+        def full(*shape: int) -> torch.Tensor:
+            return torch.full(shape, value, dtype=torch.float64, device=device)
+
+        heads = full(n_layers, n_heads, d_model) if n_heads else None
+        return cls(full(n_layers, d_model), heads, full(d_model))
+
+    def arrays(self, suffix: str = "") -> dict[str, np.ndarray]:
+        """As numpy arrays, by name."""
+        tensors = {"mlp": self.mlp, "embedding": self.embedding}
+        if self.heads is not None:
+            tensors["heads"] = self.heads
+        return {name + suffix: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+@dataclass
+class NeuronScores:
+    """Scores of every coordinate, summed over pairs: `signed` as they are, `magnitude` without their signs.
+
+    A coordinate that pushes half of the pairs up and half down has signed sum 0 and a large magnitude.
+    """
+
+    signed: WriteTable
+    magnitude: WriteTable
     n_pairs: int = 0
 
     @classmethod
-    def zeros(cls, n_layers: int, n_heads: int | None, d_model: int, device: torch.device) -> NeuronScores:
-        """No pairs yet; `n_heads` None leaves heads out."""
+    def empty(cls, language_model: LanguageModel, with_heads: bool) -> NeuronScores:
+        """No pairs yet."""
+        n_heads = language_model.n_heads if with_heads else None
+        shape = (language_model.n_layers, n_heads, language_model.d_model, language_model.device)
+        return cls(WriteTable.filled(0.0, *shape), WriteTable.filled(0.0, *shape))
 
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+    def add_mlp(self, layer: int, values: torch.Tensor) -> None:
+        """Add an MLP's scores of some pairs, [pair, d_model]."""
+        self.signed.mlp[layer] += values.double().sum(dim=0)
+        self.magnitude.mlp[layer] += values.double().abs().sum(dim=0)
 
-        heads = empty(n_layers, n_heads, d_model) if n_heads else None
-        return cls(empty(n_layers, d_model), heads, empty(d_model))
+    def add_heads(self, layer: int, values: torch.Tensor, heads: slice | int = slice(None)) -> None:
+        """Add scores of some pairs for all heads of a layer [pair, head, d_model], or for one [pair, d_model]."""
+        self.signed.heads[layer, heads] += values.double().sum(dim=0)
+        self.magnitude.heads[layer, heads] += values.double().abs().sum(dim=0)
 
-    def add_(self, other: NeuronScores) -> None:
-        """Add the scores of further pairs."""
-        self.mlp += other.mlp
-        self.embedding += other.embedding
-        if self.heads is not None:
-            self.heads += other.heads
-        self.n_pairs += other.n_pairs
+    def add_embedding(self, values: torch.Tensor) -> None:
+        """Add the token embeddings' scores of some pairs, [pair, d_model]."""
+        self.signed.embedding += values.double().sum(dim=0)
+        self.magnitude.embedding += values.double().abs().sum(dim=0)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The sums as numpy arrays, as stored on disk."""
-        arrays = {"mlp": self.mlp, "embedding": self.embedding}
-        if self.heads is not None:
-            arrays["heads"] = self.heads
-        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+        """The sums as stored on disk: `mlp`, `embedding`, `heads`, and the same with `_magnitude`."""
+        return {**self.signed.arrays(), **self.magnitude.arrays("_magnitude")}

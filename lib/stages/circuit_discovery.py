@@ -22,7 +22,7 @@ from lib.eap.faithfulness import Keep, evaluate_circuit
 from lib.eap.metrics import Metric, TokenAggregation
 from lib.eap.order_check import ablation_effects, choose_units, order_report
 from lib.eap.pairs import Pair
-from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores
+from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores, WriteTable
 from lib.interventions import Intervention, ReplacementTable
 from lib.modeling_and_ablation import model_identity
 from lib.scores_table import ScoresTable, load_scores
@@ -253,10 +253,6 @@ class CircuitDiscovery:
                 cache_dir=Path(self.args.cache_dir),
                 batch_size=self.args.batch_size,
             )
-            heads = range(0 if self.args.mlp_neurons_only else lm.n_heads)
-            labels = [f"m{layer}" for layer in range(lm.n_layers)]
-            labels += [f"a{layer}.h{head}" for layer in range(lm.n_layers) for head in heads]
-            table.prepare(labels)
             self.tables[intervention] = table
         return self.tables[intervention]
 
@@ -313,12 +309,8 @@ class CircuitDiscovery:
         """Score 1 for everything: the explicitly asked-for fallback."""
         lm = self.space.language_model
         n_heads = lm.n_heads if self.settings.with_heads else None
-        scores = NeuronScores.zeros(lm.n_layers, n_heads, lm.d_model, torch.device("cpu"))
-        for tensor in (scores.mlp, scores.heads, scores.embedding):
-            if tensor is not None:
-                tensor.fill_(1.0)
-        scores.n_pairs = n_pairs
-        return scores
+        ones = WriteTable.filled(1.0, lm.n_layers, n_heads, lm.d_model, torch.device("cpu"))
+        return NeuronScores(ones, ones, n_pairs)
 
     def _circuit(self, arrays: dict[str, Any]) -> Circuit:
         args = self.args

@@ -13,7 +13,7 @@ from lib.cli import Report
 from lib.eap.pairs import AnsweredPrompt, sequences
 from lib.modeling_and_ablation import LanguageModel, load_language_model
 from lib.pairing import Lengths
-from lib.representations import RepresentationSpec, prompt_representations
+from lib.representations import RepresentationSpec, RowView, prompt_representations
 from lib.scores_table import ScoresTable
 
 
@@ -49,9 +49,13 @@ class PromptSpace:
             report=self.report,
         )
 
+    def view(self, rows: np.ndarray) -> RowView:
+        """Representations of some rows, without a copy in memory."""
+        return RowView(self.vectors, rows)
+
     def points(self, rows: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, spectral.PrincipalAxes]:
         """Rows on the unit sphere of their own principal axes: ([row, component], the axes)."""
-        own = self.vectors if len(rows) == len(self.vectors) else self.vectors[rows]
+        own = self.view(rows)
         axes = spectral.principal_axes(own, self.args.spectral_dim, generator)
         return spectral.to_unit_sphere(own, axes), axes
 

@@ -16,6 +16,7 @@ from lib.artifacts import StageRecord, write_json
 from lib.cli import Report, UserError, rng
 from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
+from lib.representations import RowView
 from lib.scores_table import ScoresTable, load_scores
 from lib.stages.prompt_space import PromptSpace
 from lib.task_spec import resolve_task_spec
@@ -348,10 +349,10 @@ class SamplingPlanner:
         )
         return partners, meta
 
-    def _pairing_vectors(self, points: np.ndarray) -> np.ndarray:
-        return self.space.vectors[self.rows[points]]
+    def _pairing_vectors(self, points: np.ndarray) -> RowView:
+        return self.space.view(self.rows[points])
 
     def _pair_distances(self, chosen: np.ndarray, partners: np.ndarray) -> dict[str, Any]:
-        difference = self._pairing_vectors(chosen).astype(np.float64) - self._pairing_vectors(partners)
-        distances = np.linalg.norm(difference, axis=1)
+        left, right = (np.asarray(self._pairing_vectors(side), dtype=np.float64) for side in (chosen, partners))
+        distances = np.linalg.norm(left - right, axis=1)
         return spectral.summarise(distances, 0, rng(self.args.seed, "stage4", "pair distances"))

@@ -102,7 +102,7 @@ def test_big_tables_are_arrays_beside_a_short_json(finished):
     folder = next((finished / "is_correct").glob("rule_0_*"))
     assert folder.name == "rule_0_is-sum-0-5"
     stored = read_npz(folder / "scores.npz", "scores")
-    assert set(stored) == {"mlp", "embedding"}
+    assert set(stored) == {"mlp", "embedding", "mlp_magnitude", "embedding_magnitude"}
     scores = {eval(label): value for label, value in entry["metadata_topn"]["neuron_label_score"].items()}
     for (label, coordinate), value in scores.items():
         assert stored["mlp"][int(label[1:]), coordinate] == pytest.approx(value, rel=1e-8)

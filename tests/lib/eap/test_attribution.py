@@ -54,9 +54,9 @@ def test_input_path_methods_equal_naive_hooks(family, settings):
     table = table_for(lm, settings)
     scores = attribute_neurons(lm, mixed_pairs(lm), settings, batch_size=3, table=table)
     mlp, heads, embedding = naive_scores(lm, mixed_pairs(lm), settings, table)
-    assert_close(scores.mlp, mlp)
-    assert_close(scores.heads, heads)
-    assert_close(scores.embedding, embedding)
+    assert_close(scores.signed.mlp, mlp)
+    assert_close(scores.signed.heads, heads)
+    assert_close(scores.signed.embedding, embedding)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,8 +81,8 @@ def test_each_component_on_its_own_path_equals_naive_edits(family, decode_only):
                         mlp[layer] += (change * gradient).sum(0)
                     else:
                         heads[layer] += torch.stack([(own * gradient).sum(0) for own in own_heads])
-    assert_close(scores.mlp, mlp)
-    assert_close(scores.heads, heads)
+    assert_close(scores.signed.mlp, mlp)
+    assert_close(scores.signed.heads, heads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,8 +106,8 @@ def test_exact_effects_equal_replacing_one_coordinate(family, intervention):
                 mlp += float(effect)
             else:
                 heads += float(effect)
-    assert scores.mlp[layer, coordinate] == pytest.approx(mlp, rel=1e-3, abs=1e-4)
-    assert scores.heads[layer, head, coordinate] == pytest.approx(heads, rel=1e-3, abs=1e-4)
+    assert scores.signed.mlp[layer, coordinate] == pytest.approx(mlp, rel=1e-3, abs=1e-4)
+    assert scores.signed.heads[layer, head, coordinate] == pytest.approx(heads, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +123,7 @@ def test_input_scores_add_up_to_the_metric_change(family, decode_only):
         naive = NaivePair(lm, pair, settings)
         end = NaiveRun(lm, naive.clean.embeddings + naive.embedding_change())
         expected += float(naive.metric(end) - naive.metric(naive.clean))
-    assert float(scores.embedding.sum()) == pytest.approx(expected, rel=0.01)
+    assert float(scores.signed.embedding.sum()) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,16 +136,16 @@ def test_scores_do_not_depend_on_batches_order_or_padding(family, with_bos, meth
     settings = AttributionSettings(method, decode_only=decode_only, with_heads=True)
     alone = attribute_neurons(lm, pairs, settings, batch_size=1)
     together = attribute_neurons(lm, pairs[::-1], settings, batch_size=8)
-    assert_close(together.mlp, alone.mlp)
-    assert_close(together.heads, alone.heads)
-    assert_close(together.embedding, alone.embedding)
+    assert_close(together.signed.mlp, alone.signed.mlp)
+    assert_close(together.signed.heads, alone.signed.heads)
+    assert_close(together.signed.embedding, alone.signed.embedding)
     assert together.n_pairs == alone.n_pairs == len(pairs)
 
 
 def test_heads_are_neither_scored_nor_computed_when_not_asked_for():
     lm = tiny_model("llama")
     scores = attribute_neurons(lm, mixed_pairs(lm), AttributionSettings(), batch_size=2)
-    assert scores.heads is None
+    assert scores.signed.heads is None
     assert "heads" not in scores.arrays()
 
 
