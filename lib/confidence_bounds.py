@@ -59,8 +59,9 @@ def flip_rate_interval(n_flips: int, n_evaluated: int, confidence: float = 0.95)
     return Interval(n_flips / n_evaluated, float(low), float(high))
 
 
-def rate_difference_interval(first: tuple[int, int], second: tuple[int, int],
-                             confidence: float = 0.95) -> Interval | None:
+def rate_difference_interval(
+    first: tuple[int, int], second: tuple[int, int], confidence: float = 0.95
+) -> Interval | None:
     """Difference of two independent rates, each given as (flips, evaluated): Newcombe's (1998) score interval."""
     (k1, n1), (k2, n2) = first, second
     if n1 == 0 or n2 == 0:
@@ -105,6 +106,7 @@ def min_datapoints_to_prune(epsilon: float, alpha: float) -> int:
 
 # ---------------------------------------------------------------- sequential looks
 
+
 @dataclass(frozen=True)
 class LookPlan:
     """When a group may be pruned or given up on one slice.
@@ -136,7 +138,7 @@ class LookPlan:
         for n, low, high in zip(self.n_seen, self.prune_at_most, self.split_from, strict=True):
             expected += (n - seen) * state.sum()
             state = np.convolve(state, _binomial(n - seen, rate))
-            state[:low + 1] = 0.0
+            state[: low + 1] = 0.0
             state[high:] = 0.0
             seen = n
         return float(expected)
@@ -160,8 +162,8 @@ def plan_looks(n_datapoints: int, looks: Sequence[int], epsilon: float, alpha: f
         state = np.convolve(state, _binomial(n - seen, epsilon))
         allowed = alpha * (n / n_datapoints) ** _SPENDING_POWER - spent
         boundary = int(np.searchsorted(np.cumsum(state), allowed, side="right")) - 1
-        spent += float(state[:boundary + 1].sum())
-        state[:boundary + 1] = 0.0
+        spent += float(state[: boundary + 1].sum())
+        state[: boundary + 1] = 0.0
         boundaries.append(boundary)
         seen = n
     return LookPlan(n_seen, tuple(boundaries), _give_up_from(n_seen, boundaries))
@@ -180,8 +182,8 @@ def _give_up_from(n_seen: tuple[int, ...], prune_at_most: list[int]) -> tuple[in
 
 def _later_prune(n_seen: tuple[int, ...], prune_at_most: list[int], look: int, flips: int) -> float:
     """Probability of meeting a later boundary from `flips` at `look`, if the observed rate is the true one."""
-    rest = tuple(n - n_seen[look] for n in n_seen[look + 1:])
-    limits = tuple(max(limit - flips, NEVER) for limit in prune_at_most[look + 1:])
+    rest = tuple(n - n_seen[look] for n in n_seen[look + 1 :])
+    limits = tuple(max(limit - flips, NEVER) for limit in prune_at_most[look + 1 :])
     return float(sum(_crossings(rest, limits, flips / n_seen[look])))
 
 
@@ -190,8 +192,8 @@ def _crossings(n_seen: Sequence[int], prune_at_most: Sequence[int], rate: float)
     state, seen, crossed = np.ones(1), 0, []
     for n, limit in zip(n_seen, prune_at_most, strict=True):
         state = np.convolve(state, _binomial(n - seen, rate))
-        crossed.append(float(state[:limit + 1].sum()))
-        state[:limit + 1] = 0.0
+        crossed.append(float(state[: limit + 1].sum()))
+        state[: limit + 1] = 0.0
         seen = n
     return crossed
 

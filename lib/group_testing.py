@@ -100,8 +100,15 @@ class GroupRecord(NamedTuple):
     """Associated, unrelated."""
 
 
-_COLUMNS = {"start": np.int64, "end": np.int64, "cut": np.int64, "sibling": np.int64, "depth": np.int32,
-            "streak": np.int8, "verdict": np.int8}
+_COLUMNS = {
+    "start": np.int64,
+    "end": np.int64,
+    "cut": np.int64,
+    "sibling": np.int64,
+    "depth": np.int32,
+    "streak": np.int8,
+    "verdict": np.int8,
+}
 _SLICE_COLUMNS = {"flips": np.int32, "seen": np.int32, "look": np.int8, "state": np.int8}
 
 
@@ -110,15 +117,19 @@ class _Nodes:
     """Tested groups as columns: one array per property, [node] or [node, slice], grown by doubling."""
 
     size: int = 0
-    columns: dict[str, np.ndarray] = field(default_factory=lambda: {
-        **{name: np.zeros(1024, dtype=kind) for name, kind in _COLUMNS.items()},
-        **{name: np.zeros((1024, 2), dtype=kind) for name, kind in _SLICE_COLUMNS.items()}})
+    columns: dict[str, np.ndarray] = field(
+        default_factory=lambda: {
+            **{name: np.zeros(1024, dtype=kind) for name, kind in _COLUMNS.items()},
+            **{name: np.zeros((1024, 2), dtype=kind) for name, kind in _SLICE_COLUMNS.items()},
+        }
+    )
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.columns[name]
 
-    def add(self, start: np.ndarray, end: np.ndarray, depth: np.ndarray | int,
-            streak: np.ndarray | int = 0) -> np.ndarray:
+    def add(
+        self, start: np.ndarray, end: np.ndarray, depth: np.ndarray | int, streak: np.ndarray | int = 0
+    ) -> np.ndarray:
         """Append nodes over the given spans; returns their numbers."""
         numbers = np.arange(self.size, self.size + len(start))
         self.size += len(start)
@@ -128,8 +139,14 @@ class _Nodes:
             for name, column in self.columns.items():
                 room = np.zeros((grown - capacity, *column.shape[1:]), dtype=column.dtype)
                 self.columns[name] = np.concatenate([column, room])
-        for name, values in (("start", start), ("end", end), ("depth", depth), ("streak", streak),
-                             ("cut", NO_CUT), ("sibling", numbers)):
+        for name, values in (
+            ("start", start),
+            ("end", end),
+            ("depth", depth),
+            ("streak", streak),
+            ("cut", NO_CUT),
+            ("sibling", numbers),
+        ):
             self.columns[name][numbers] = values
         return numbers
 
@@ -151,7 +168,7 @@ class SearchResult:
     @property
     def n_evaluations(self) -> int:
         """Number of (group, datapoint) pairs evaluated."""
-        return int(self._nodes["seen"][:self.n_tests].sum())
+        return int(self._nodes["seen"][: self.n_tests].sum())
 
     def singles(self) -> np.ndarray:
         """Candidates that were tested alone, in preorder."""
@@ -168,7 +185,7 @@ class SearchResult:
 
     def pruned_members(self) -> np.ndarray:
         """Candidates inside pruned groups, in row order."""
-        numbers = np.flatnonzero(self._nodes["verdict"][:self.n_tests] == Verdict.PRUNED)
+        numbers = np.flatnonzero(self._nodes["verdict"][: self.n_tests] == Verdict.PRUNED)
         edges = np.zeros(self.forest.n_candidates + 1, dtype=np.int64)
         np.add.at(edges, self._nodes["start"][numbers], 1)
         np.add.at(edges, self._nodes["end"][numbers], -1)
@@ -189,12 +206,19 @@ class SearchResult:
             members = self.forest.order[start:end]
             if root is not None:
                 members = self.forest.shown.get(root, members)
-            yield GroupRecord(members, depth, verdict, strategy, (middle - start, end - middle),
-                              tuple(columns["flips"][number].tolist()), tuple(columns["seen"][number].tolist()))
+            yield GroupRecord(
+                members,
+                depth,
+                verdict,
+                strategy,
+                (middle - start, end - middle),
+                tuple(columns["flips"][number].tolist()),
+                tuple(columns["seen"][number].tolist()),
+            )
 
     def _preorder(self) -> np.ndarray:
         # Spans are nested: preorder is by start, the longer span first.
-        start, end = self._nodes["start"][:self.n_tests], self._nodes["end"][:self.n_tests]
+        start, end = self._nodes["start"][: self.n_tests], self._nodes["end"][: self.n_tests]
         return np.lexsort((-end, start))
 
 
@@ -208,8 +232,9 @@ def search(forest: Forest, slices: Slices, oracle: Oracle, settings: SearchSetti
 
     Groups that look at the same datapoints go to the oracle together, over all trees.
     """
-    plans = tuple(plan_looks(len(points), settings.looks, settings.epsilon, settings.alpha_slice)
-                  for points in slices.both)
+    plans = tuple(
+        plan_looks(len(points), settings.looks, settings.epsilon, settings.alpha_slice) for points in slices.both
+    )
     nodes = _Nodes()
     active = nodes.add(forest.starts, forest.ends, 0)
     nodes["cut"][active] = forest.cuts
@@ -225,8 +250,9 @@ def search(forest: Forest, slices: Slices, oracle: Oracle, settings: SearchSetti
     return SearchResult(forest, settings, n_rounds, nodes)
 
 
-def sweep(candidates: Sequence[int] | np.ndarray, slices: Slices, oracle: Oracle,
-          settings: SearchSettings) -> SearchResult:
+def sweep(
+    candidates: Sequence[int] | np.ndarray, slices: Slices, oracle: Oracle, settings: SearchSettings
+) -> SearchResult:
     """Test every candidate alone on all datapoints: brute force, and the audit of pruned members."""
     order = np.asarray(candidates, dtype=np.int64)
     places = np.arange(len(order))
@@ -239,8 +265,9 @@ _TO_THE_END = 100
 """Added to a look's number: this look and all later ones at once."""
 
 
-def _same_looks(nodes: _Nodes, active: np.ndarray,
-                settings: SearchSettings) -> list[tuple[np.ndarray, tuple[int, int]]]:
+def _same_looks(
+    nodes: _Nodes, active: np.ndarray, settings: SearchSettings
+) -> list[tuple[np.ndarray, tuple[int, int]]]:
     """Parts of the active nodes that need the same datapoints next: (nodes, next look on each slice)."""
     looks = nodes["look"][active].astype(np.int64)
     states = nodes["state"][active]
@@ -251,14 +278,21 @@ def _same_looks(nodes: _Nodes, active: np.ndarray,
     return [(active[members.ravel() == kind], (int(pair[0]), int(pair[1]))) for kind, pair in enumerate(kinds)]
 
 
-def _take_look(forest: Forest, slices: Slices, plans: tuple[LookPlan, LookPlan], oracle: Oracle, nodes: _Nodes,
-               numbers: np.ndarray, looks: tuple[int, int]) -> None:
+def _take_look(
+    forest: Forest,
+    slices: Slices,
+    plans: tuple[LookPlan, LookPlan],
+    oracle: Oracle,
+    nodes: _Nodes,
+    numbers: np.ndarray,
+    looks: tuple[int, int],
+) -> None:
     """Ask the oracle for one look of these nodes and add up their flips."""
     new_points = [_points_of_look(*side) for side in zip(slices.both, plans, looks, strict=True)]
     datapoints = np.concatenate(new_points)
     n_first = len(new_points[ASSOCIATED])
     for begin in range(0, len(numbers), _MAX_GROUPS_PER_CALL):
-        part = numbers[begin:begin + _MAX_GROUPS_PER_CALL]
+        part = numbers[begin : begin + _MAX_GROUPS_PER_CALL]
         spans = zip(nodes["start"][part].tolist(), nodes["end"][part].tolist(), strict=True)
         groups = [tuple(forest.order[start:end].tolist()) for start, end in spans]
         flips = np.asarray(oracle(groups, datapoints), dtype=bool)
@@ -276,7 +310,7 @@ def _points_of_look(points: np.ndarray, plan: LookPlan, look: int) -> np.ndarray
         return points[:0]
     first = look % _TO_THE_END
     begin = plan.n_seen[first - 1] if first else 0
-    return points[begin:] if look >= _TO_THE_END else points[begin:plan.n_seen[first]]
+    return points[begin:] if look >= _TO_THE_END else points[begin : plan.n_seen[first]]
 
 
 def _judge(nodes: _Nodes, active: np.ndarray, plans: tuple[LookPlan, LookPlan], settings: SearchSettings) -> np.ndarray:

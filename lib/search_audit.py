@@ -26,8 +26,9 @@ class SearchAudit:
     result: SearchResult | None
 
 
-def audit_pruned(result: SearchResult, slices: Slices, oracle: Oracle, n_members: int,
-                 generator: np.random.Generator) -> SearchAudit:
+def audit_pruned(
+    result: SearchResult, slices: Slices, oracle: Oracle, n_members: int, generator: np.random.Generator
+) -> SearchAudit:
     """Draw members of pruned groups without replacement, each equally likely, and test them alone.
 
     The interval holds whatever pruning went wrong (a bound that failed, members that cancel each other): it rests on

@@ -45,8 +45,14 @@ NO_CUT = -1
 PLAIN_CUT = "bisect"
 
 
-def bisect_forest(layers: Sequence[np.ndarray], scores: np.ndarray, has_scores: np.ndarray,
-                  generators: Sequence[np.random.Generator], *, sign_split: bool) -> Forest:
+def bisect_forest(
+    layers: Sequence[np.ndarray],
+    scores: np.ndarray,
+    has_scores: np.ndarray,
+    generators: Sequence[np.random.Generator],
+    *,
+    sign_split: bool,
+) -> Forest:
     """One tree per layer over its candidates in random order.
 
     layers: candidate indices of each layer. scores: signed attribution, 0 where missing, [candidate]. has_scores: the

@@ -17,8 +17,14 @@ class PlantedOracle:
     nothing of theirs when both are ablated.
     """
 
-    def __init__(self, flips: np.ndarray | Mapping[int, Iterable[int]], *, n_candidates: int | None = None,
-                 n_datapoints: int | None = None, cancels: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        flips: np.ndarray | Mapping[int, Iterable[int]],
+        *,
+        n_candidates: int | None = None,
+        n_datapoints: int | None = None,
+        cancels: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if not isinstance(flips, np.ndarray):
             dense = np.zeros((n_candidates, n_datapoints), dtype=bool)
             for candidate, datapoints in flips.items():
@@ -41,8 +47,13 @@ class PlantedOracle:
         sizes = np.array([len(group) for group in groups])
         flat = np.fromiter(itertools.chain.from_iterable(groups), dtype=np.int64, count=int(sizes.sum()))
         # An empty candidate closes each group, so that groups emptied by cancelling have something to reduce.
-        rows = np.concatenate([self.packed, np.zeros((1, self.packed.shape[1]), dtype=np.uint8)])[
-            np.insert(flat, np.cumsum(sizes), self.n_candidates)] if self.cancels else self.packed[flat]
+        rows = (
+            np.concatenate([self.packed, np.zeros((1, self.packed.shape[1]), dtype=np.uint8)])[
+                np.insert(flat, np.cumsum(sizes), self.n_candidates)
+            ]
+            if self.cancels
+            else self.packed[flat]
+        )
         sizes = sizes + bool(self.cancels)
         union = np.bitwise_or.reduceat(rows, np.cumsum(sizes) - sizes, axis=0)
         return np.unpackbits(union, axis=1, count=self.n_datapoints).astype(bool)[:, datapoints]
@@ -53,8 +64,9 @@ class PlantedOracle:
         return tuple(candidate for candidate in group if candidate not in silent)
 
 
-def sparse_flips(n_candidates: int, n_agonists: int, n_datapoints: int, seed: int,
-                 rates: tuple[float, float] = (0.3, 1.0)) -> tuple[np.ndarray, np.ndarray]:
+def sparse_flips(
+    n_candidates: int, n_agonists: int, n_datapoints: int, seed: int, rates: tuple[float, float] = (0.3, 1.0)
+) -> tuple[np.ndarray, np.ndarray]:
     """Few agonists and silence elsewhere: (flips bool [candidate, datapoint], agonists [n_agonists])."""
     generator = rng(seed, "sparse", n_candidates, n_agonists)
     agonists = np.sort(generator.choice(n_candidates, n_agonists, replace=False))
@@ -76,8 +88,9 @@ def crowded_flips(n_candidates: int, n_datapoints: int, seed: int) -> tuple[np.n
     parts = ((5, 0.5, 1.0), (9, 0.2, 0.5), (45, 0.08, 0.2), (2400, 0.0, 0.06))
     counts = [max(1, round(count * scale)) for count, _, _ in parts]
     chosen = generator.choice(n_candidates, sum(counts), replace=False)
-    rate[chosen] = np.concatenate([generator.uniform(low, high, count)
-                                   for count, (_, low, high) in zip(counts, parts, strict=True)])
+    rate[chosen] = np.concatenate(
+        [generator.uniform(low, high, count) for count, (_, low, high) in zip(counts, parts, strict=True)]
+    )
     fragility = generator.lognormal(0.0, 1.0, n_datapoints)
     fragility /= fragility.mean()
     # On the logit scale, so that strong neurons flip nearly everything and weak ones only what is fragile.

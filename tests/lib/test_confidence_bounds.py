@@ -19,9 +19,16 @@ from lib.confidence_bounds import (
 )
 
 # n, epsilon, k*, bound at k* - 1, bound at k*: the published decision table.
-PUBLISHED = [(64, 0.1, 2, 0.0840, 0.1084), (64, 0.2, 7, 0.19297, 0.2125), (64, 0.3, 12, 0.2868, 0.3046),
-             (64, 0.4, 18, 0.3909, 0.4076), (64, 0.5, 24, 0.4890, 0.5049), (100, 0.2, 12, 0.1883, 0.2002),
-             (32, 0.2, 2, 0.1622, 0.2081), (16, 0.2, 0, None, 0.2059)]
+PUBLISHED = [
+    (64, 0.1, 2, 0.0840, 0.1084),
+    (64, 0.2, 7, 0.19297, 0.2125),
+    (64, 0.3, 12, 0.2868, 0.3046),
+    (64, 0.4, 18, 0.3909, 0.4076),
+    (64, 0.5, 24, 0.4890, 0.5049),
+    (100, 0.2, 12, 0.1883, 0.2002),
+    (32, 0.2, 2, 0.1622, 0.2081),
+    (16, 0.2, 0, None, 0.2059),
+]
 
 
 @pytest.mark.parametrize(("n", "epsilon", "keep", "below", "reached"), PUBLISHED)
@@ -53,7 +60,7 @@ def test_upper_bound_is_where_seeing_so_few_flips_has_probability_alpha(n, data,
 def test_two_sided_interval_by_hand():
     # 0 of 10 at 95 %: the upper limit solves (1 - p)^10 = 0.025.
     interval = flip_rate_interval(0, 10)
-    assert interval == pytest.approx((0.0, 0.0, 1 - 0.025 ** 0.1))
+    assert interval == pytest.approx((0.0, 0.0, 1 - 0.025**0.1))
 
 
 def test_smallest_useful_slice():
@@ -68,6 +75,7 @@ def test_difference_of_rates_matches_newcombes_worked_example():
 
 
 # ---------------------------------------------------------------- looks
+
 
 def test_one_look_is_the_published_rule():
     plan = plan_looks(64, (), 0.2, 0.025)

@@ -20,11 +20,14 @@ PUBLISHED = SearchSettings(looks=())
 
 def one_layer(order, scores, *, sign_split=True):
     """A tree over one layer in exactly this order."""
+
     class Fixed:
         def permutation(self, members):
             return np.asarray(order)
-    return bisect_forest([np.arange(len(order))], np.asarray(scores, dtype=float), np.array([True]), [Fixed()],
-                         sign_split=sign_split)
+
+    return bisect_forest(
+        [np.arange(len(order))], np.asarray(scores, dtype=float), np.array([True]), [Fixed()], sign_split=sign_split
+    )
 
 
 class CountOracle:
@@ -39,12 +42,13 @@ class CountOracle:
             associated, unrelated = self.counts[frozenset(group)]
             flips = np.zeros(128, dtype=bool)
             flips[:associated] = True
-            flips[64:64 + unrelated] = True
+            flips[64 : 64 + unrelated] = True
             rows.append(flips[datapoints])
         return np.array(rows)
 
 
 # ---------------------------------------------------------------- the published search
+
 
 def test_micro_example_of_the_published_search():
     # Ids 0, 1, 4, 5 of layer m2 as candidates 0, 1, 2, 3; id 5 (candidate 3) has no score, which counts as 0.
@@ -95,8 +99,13 @@ def test_breadth_first_rounds_give_the_depth_first_records(n_candidates, seed):
 
 
 def test_epsilon_zero_expands_every_tree_fully():
-    forest = bisect_forest([np.arange(10), np.arange(10, 17)], np.zeros(17), np.array([True, True]),
-                           [rng(0, 0), rng(0, 1)], sign_split=True)
+    forest = bisect_forest(
+        [np.arange(10), np.arange(10, 17)],
+        np.zeros(17),
+        np.array([True, True]),
+        [rng(0, 0), rng(0, 1)],
+        sign_split=True,
+    )
     silent = PlantedOracle(np.zeros((17, 128), dtype=bool))
     result = search(forest, SLICES, silent, SearchSettings(epsilon=0.0, looks=()))
     assert result.n_tests == (2 * 10 - 1) + (2 * 7 - 1)
@@ -104,8 +113,14 @@ def test_epsilon_zero_expands_every_tree_fully():
 
 # ---------------------------------------------------------------- what must hold for every search
 
-@given(st.integers(1, 300), st.integers(0, 10_000), st.sampled_from([(), (8, 16, 32), (20,)]), st.booleans(),
-       st.sampled_from([0, 8]))
+
+@given(
+    st.integers(1, 300),
+    st.integers(0, 10_000),
+    st.sampled_from([(), (8, 16, 32), (20,)]),
+    st.booleans(),
+    st.sampled_from([0, 8]),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_candidate_is_tested_alone_or_pruned_once(n_candidates, seed, looks, full, dense_size):
     generator = rng(seed, "cover")
@@ -162,6 +177,7 @@ def test_same_search_twice_is_the_same():
 
 # ---------------------------------------------------------------- errors
 
+
 def test_one_group_is_pruned_falsely_no_more_often_than_alpha():
     """One agonist at epsilon on one slice in a tree of 64: over the whole path the loss stays within alpha."""
     n_runs, missed, full = 600, 0, SearchSettings(full_singles=True)
@@ -205,6 +221,7 @@ def test_audit_interval_covers_the_true_recall():
 
 
 # ---------------------------------------------------------------- cost
+
 
 def test_sparse_agonists_cost_about_k_log_n_over_k():
     n, k = 100_000, 10

@@ -1,0 +1,94 @@
+"""Stage 6's access to the analysed model: loaded once, with replacement values per regime and an engine per rule."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.ablation_engine import AblationEngine
+from lib.artifacts import file_digest
+from lib.cli import Report
+from lib.flip_oracle import FlipOracle
+from lib.interventions import DecodeScope, Intervention, ReplacementTable, build_table
+from lib.modeling_and_ablation import LanguageModel, load_language_model
+from lib.stages.agonist_search import Inputs, MakeAnswers, reference_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class AgonistModel:
+    """Makes the flip oracles that the flags ask for."""
+
+    def __init__(self, args: Namespace, inputs: Inputs, report: Report) -> None:
+        self.args, self.inputs, self.report = args, inputs, report
+        self.intervention = Intervention(args.intervention)
+        self._tables: dict[str, ReplacementTable] = {}
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model, loaded on first need."""
+        args = self.args
+        return load_language_model(
+            self.inputs.info.ai_model, device=args.device, dtype=args.dtype, cache_dir=args.ai_model_cache_dir
+        )
+
+    def identity(self, regime: str) -> dict[str, Any]:
+        """What decides the outcome of a group test on a datapoint of a regime."""
+        args, table = self.args, self.inputs.table
+        return {
+            "version": 1,
+            "model": self.language_model.digest,
+            "intervention": args.intervention,
+            "references": reference_rows(table, regime, args.points_to_use_for_mean_ablation, args.seed).tolist(),
+            "decode_only": args.decode_only,
+            "decode_scope": args.decode_scope,
+            "regime": regime,
+            "task": self.inputs.task.settings.to_json(),
+            "task_module": args.task_module,
+            "scores": file_digest(table.path),
+            "seed": args.seed,
+        }
+
+    def answers_for(self, regime: str) -> MakeAnswers:
+        """Makes the oracle of any datapoints of a regime."""
+        return lambda rows: self._oracle(regime, rows)
+
+    def _oracle(self, regime: str, rows: np.ndarray) -> FlipOracle:
+        args, task, table = self.args, self.inputs.task, self.inputs.table
+        prompts = table.frame[table.prompt_col].iloc[rows].tolist()
+        engine = AblationEngine(
+            self.language_model,
+            prompts,
+            self._table(regime, prompts),
+            max_new_tokens=task.MAX_NEW_TOKENS,
+            decode_only=args.decode_only,
+            decode_scope=DecodeScope(args.decode_scope),
+            is_complete=task.answer_is_complete,
+            memory_mb=args.memory_mb,
+            batch_size=args.batch_size,
+            report=self.report,
+        )
+        return FlipOracle(engine, task.is_answer_positive, table.records(rows))
+
+    def _table(self, regime: str, prompts: Sequence[str]) -> ReplacementTable:
+        """Replacement values of a regime; RESAMPLE draws a donor per datapoint, so its table is made anew."""
+        args = self.args
+        if regime not in self._tables or self.intervention is Intervention.RESAMPLE:
+            rows = reference_rows(self.inputs.table, regime, args.points_to_use_for_mean_ablation, args.seed)
+            references = self.inputs.table.frame[self.inputs.table.prompt_col].iloc[rows].tolist()
+            self._tables[regime] = build_table(
+                self.language_model,
+                self.intervention,
+                references,
+                max_new_tokens=self.inputs.task.MAX_NEW_TOKENS,
+                prompts=prompts,
+                seed=args.seed,
+                cache_dir=Path(args.cache_dir) if args.cache_dir else None,
+                batch_size=args.batch_size,
+            )
+        return self._tables[regime]
