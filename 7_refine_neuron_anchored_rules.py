@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of stage 7."""
     add_model_arguments(parser)
     add_task_arguments(parser)
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done; load no model, write nothing")
     _add_path_arguments(parser)
     _add_candidate_arguments(parser)
     _add_row_arguments(parser)

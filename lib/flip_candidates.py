@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BUCKETS_NAME = "neuron_buckets.json"
 _NOT_RULE_FILES = {BUCKETS_NAME, "neuron_bucket_stats.json", "rule_knockout.json"}
-_SAMPLED = re.compile(r"sampled_(?:associated|unrelated)_(original_idx|indices)\Z")
+_SAMPLED = re.compile(r"(?:sampled|confirmation)_(?:associated|unrelated)_(original_idx|indices)\Z")
 _PLANNED = re.compile(r"(?:associated|unrelated)_(original_idx|indices)\Z")
 
 
@@ -158,8 +158,8 @@ def select_candidates(candidates: list[Candidate], wanted: CandidateFilter) -> l
 def discovery_rows(sources: Iterable[str | Path], table: ScoresTable) -> np.ndarray:
     """Rows of `scores.csv` that earlier stages used to find the neurons, sorted.
 
-    Read from the rule files of stage 6 and the sampling plans of stage 4: their `*_original_idx` lists, or in older
-    files the `*_indices` lists, which count the TRAIN rows of the file's baseline subset.
+    Read from the rule files of stage 6 (searched on, or confirmed on) and the sampling plans of stage 4: their
+    `*_original_idx` lists, or in older files `*_indices` lists, which count the TRAIN rows of the baseline subset.
     """
     found: set[int] = set()
     for source in sources:

@@ -121,6 +121,16 @@ class FlipMeasurer:
             table, self.log, np.flatnonzero(stable), controls, self._joint_report(joint, stable) if joint else None
         )
 
+    def planned(self, neurons: Sequence[Neuron], n_random: int, n_joint_controls: int) -> tuple[int, int]:
+        """How many ablations a run needs, and how many of them are not stored. Needs no model."""
+        n_joint = 1 + n_joint_controls if neurons and n_joint_controls else 0
+        n_groups = len(neurons) + (n_random if neurons else 0) + 1 + n_joint
+        if self.log.baseline is None:
+            return n_groups, n_groups
+        groups = [(neuron,) for neuron in (*neurons, *self._random(neurons, n_random, "noise floor"))]
+        groups = [*groups, NO_OP, *self._joint_groups(neurons, n_joint_controls)]
+        return len(groups), len(self.log.missing(groups))
+
     # ------------------------------------------------------------ model
 
     def _engine(self) -> LoadedEngine:

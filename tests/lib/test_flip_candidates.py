@@ -138,11 +138,13 @@ def test_discovery_rows_prefer_original_numbers_and_map_old_positions(tmp_path):
     positives = scores.subset_rows("positive")
     old = paths["agonists"] / "positive_baseline" / "rule_0001.json"
     old.write_text(json.dumps({"sampled_associated_indices": [0, 2], "associated_indices": [5]}))
+    new = paths["agonists"] / "positive_baseline" / "rule_0002.json"
+    new.write_text(json.dumps({"sampled_unrelated_original_idx": [], "confirmation_unrelated_original_idx": [13]}))
     plan = tmp_path / "plan_baseline_negative.json"
     plan.write_text(json.dumps({"rules": [{"associated_indices": [1], "associated_original_idx": [11]}]}))
     found = discovery_rows([paths["agonists"], plan], scores)
-    # 7 and 3 as named; positions 0 and 2 of the positive TRAIN rows; 11 from the plan, not its position 1.
-    assert found.tolist() == sorted({7, 3, 11, int(positives[0]), int(positives[2])})
+    # 7, 3 and 13 as named; positions 0 and 2 of the positive TRAIN rows; 11 from the plan, not its position 1.
+    assert found.tolist() == sorted({7, 3, 11, 13, int(positives[0]), int(positives[2])})
 
 
 def test_discovery_rows_of_another_table_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from lib.artifacts import read_csv, write_csv
 from lib.cli import Report, UserError
 from lib.stages.flip_anchoring import FlipAnchoring
+from lib.text_and_rules import parse_rule
 from tests.flip_world import engine_factory, stage_arguments, world_frame, write_world
 from tests.scripts import run_script
 
@@ -66,8 +67,9 @@ def _data(folder):
 def test_planted_rules_are_found_and_noise_is_not(finished):
     anchored = read_csv(finished["rules"] / "stats" / "run" / "anchored_rules.csv", "rules")
     assert anchored["neuron"].tolist() == ["m1:3", "m2:5"]
-    assert anchored["rule"].tolist() == ["operand_a > 60.5", "operand_a > 50.5 & operand_b <= 40.5"]
-    assert anchored["MCC"].round(9).tolist() == [1.0, 1.0]
+    assert anchored["rule"].iloc[0] == "operand_a > 60.5"
+    assert set(parse_rule(anchored["expression"].iloc[1]).features) == {"operand_a", "operand_b"}
+    assert (anchored["MCC"] > 0.9).all()
     assert anchored["badge"].all()
     example = anchored.iloc[0]
     row = FRAME.loc[example["original_idx"]]
@@ -158,10 +160,18 @@ def test_statistics_and_summaries_from_finished_files(finished):
     assert _run(finished, "--summarize_rule_metrics_only", made=made) == 0
     after = _data(finished["rules"])
     assert not made
-    unlike = {name for name in before if before[name] != after[name]}
-    # Stage 6's columns are not in the flip table, so the statistics come without them.
-    assert unlike <= {"stats/run/flip_stats_by_neuron.csv", "stats/run/flip_stats_top3.csv"}
-    assert set(after) == set(before)
+    assert after == before
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path, finished, capsys):
+    paths = write_world(tmp_path, FRAME, EFFECTS)
+    made = []
+    assert _run(paths, "--dry_run", "--joint_ablation", made=made) == 0
+    # 3 candidates, 16 random neurons, the no-op edit, all at once and 3 controls; 500 prompts.
+    assert "24 ablations x 500 prompts; 12000 answers are not stored yet" in capsys.readouterr().out
+    assert not made and not paths["rules"].exists()
+    assert _run(finished, "--dry_run", "--joint_ablation", made=made) == 0
+    assert "; 0 answers are not stored yet" in capsys.readouterr().out
 
 
 def test_two_runs_are_byte_identical(tmp_path):
