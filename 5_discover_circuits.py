@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_attribution_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("attribution")
-    methods = ["EAP", "EAP-IG-inputs", "EAP-IG-activations", "clean-corrupted", "exact"]
+    methods = ["EAP", "EAP-IG-inputs", "EAP-IG-activations", "clean-corrupted", "information-flow-routes", "exact"]
     group.add_argument("--method", choices=methods, default="EAP-IG-inputs", help="how effects are estimated")
     group.add_argument(
         "--metric",
@@ -81,7 +81,7 @@ def _add_attribution_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("circuit")
-    group.add_argument("--circuit_level", choices=["neuron", "node"], default="node", help="what a unit is")
+    group.add_argument("--circuit_level", choices=["neuron", "node", "edge"], default="node", help="what a unit is")
     group.add_argument(
         "--circuit_size",
         type=circuit_size,

@@ -51,6 +51,8 @@ def attribute_neurons(
     table: replacement values for the mean interventions. progress: iterated once per pair.
     """
     check_settings(settings)
+    if settings.method is Method.INFORMATION_FLOW_ROUTES:
+        raise UserError("--method information-flow-routes scores edges; use it with --circuit_level edge")
     from lib.eap.activation_paths import activation_path_scores
     from lib.eap.exact import exact_neuron_scores
 

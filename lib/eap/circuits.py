@@ -18,6 +18,9 @@ class CircuitLevel(Enum):
     NODE = "node"
     """A component: an MLP or an attention head."""
 
+    EDGE = "edge"
+    """A component's write as one reader of the stream sees it."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,6 +52,42 @@ class Layout:
         layer, place = divmod(row - 1, self.n_heads + 1)
         return f"m{layer}" if place == self.n_heads else f"a{layer}.h{place}"
 
+    @property
+    def n_columns(self) -> int:
+        """Readers of the stream: query, key and value of each head, each MLP, the logits."""
+        return self.n_layers * (3 * self.n_heads + 1) + 1
+
+    def reader_columns(self, kind: str, layer: int) -> slice:
+        """Numbers of the readers of one kind: "q", "k", "v" (all heads of the layer), "m", or "logits"."""
+        if kind == "logits":
+            return slice(self.n_columns - 1, self.n_columns)
+        start = layer * (3 * self.n_heads + 1)
+        if kind == "m":
+            return slice(start + 3 * self.n_heads, start + 3 * self.n_heads + 1)
+        start += self.n_heads * "qkv".index(kind)
+        return slice(start, start + self.n_heads)
+
+    def column_label(self, column: int) -> str:
+        """`a3.h1<q>`, `m3` or `logits`."""
+        layer, place = divmod(column, 3 * self.n_heads + 1)
+        if layer == self.n_layers:
+            return "logits"
+        if place == 3 * self.n_heads:
+            return f"m{layer}"
+        reader, head = divmod(place, self.n_heads)
+        return f"a{layer}.h{head}<{'qkv'[reader]}>"
+
+    def edges(self) -> np.ndarray:
+        """Which component writes before which reader reads, [component row, reader column] bool."""
+        exists = np.zeros((self.n_rows, self.n_columns), dtype=bool)
+        exists[:, -1] = True
+        for layer in range(self.n_layers):
+            before = self.head_row(layer, 0)
+            columns = slice(self.reader_columns("q", layer).start, self.reader_columns("v", layer).stop)
+            exists[:before, columns] = True
+            exists[: before if self.is_parallel else self.mlp_row(layer), self.reader_columns("m", layer)] = True
+        return exists
+
     def is_mlp(self) -> np.ndarray:
         """[row] bool."""
         rows = np.arange(self.n_rows)
@@ -68,14 +107,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores [component row, d_model] of one job, NaN where a component was not attributed."""
+    """Scores of one job, NaN where nothing was attributed.
+
+    values: [component row, d_model], or [component row, reader column] for edges.
+    """
 
     layout: Layout
     values: np.ndarray
 
     @classmethod
     def from_arrays(cls, layout: Layout, arrays: dict[str, np.ndarray]) -> ScoreTable:
-        """From `mlp` [layer, d_model], `embedding` [d_model] and, if attributed, `heads` [layer, head, d_model]."""
+        """From stored arrays: `mlp` [layer, d_model], `embedding` [d_model], if attributed `heads` [layer, head,
+        d_model]; or `edges` [component row, reader column]."""
+        if "edges" in arrays:
+            return cls(layout, np.where(layout.edges(), arrays["edges"], np.nan))
         values = np.full((layout.n_rows, layout.d_model), np.nan)
         values[0] = arrays["embedding"]
         for layer in range(layout.n_layers):
@@ -84,12 +129,29 @@ class ScoreTable:
                 values[layout.head_row(layer, 0) : layout.mlp_row(layer)] = arrays["heads"][layer]
         return cls(layout, values)
 
+    def candidates(self, level: CircuitLevel, mlp_only: bool) -> np.ndarray:
+        """What may be chosen, a mask of `values`; for nodes of their first column. `input` only has edges."""
+        layout = self.layout
+        rows = ~np.isnan(self.values).all(axis=1)
+        if level is CircuitLevel.EDGE:
+            mask = layout.edges() & ~np.isnan(self.values)
+            if mlp_only:
+                is_head_column = np.array(["<" in layout.column_label(c) for c in range(layout.n_columns)])
+                mask &= (layout.is_mlp() | (np.arange(layout.n_rows) == 0))[:, None] & ~is_head_column
+            return mask
+        rows[0] = False
+        if mlp_only:
+            rows &= layout.is_mlp()
+        width = self.values.shape[1] if level is CircuitLevel.NEURON else 1
+        return np.repeat(rows[:, None], width, axis=1)
+
 
 @dataclass(frozen=True)
 class Circuit:
     """The chosen units of one job, strongest first.
 
-    indices: component row (node) or row * d_model + coordinate (neuron), [unit]. scores: signed, [unit].
+    indices: component row (node), row * d_model + coordinate (neuron), or row * n_columns + column (edge), [unit].
+    scores: signed, [unit].
     """
 
     level: CircuitLevel
@@ -104,23 +166,34 @@ class Circuit:
     score_range: tuple[float, float] | None
 
     @property
+    def width(self) -> int:
+        """Units per component row."""
+        widths = {CircuitLevel.NEURON: self.layout.d_model, CircuitLevel.EDGE: self.layout.n_columns}
+        return widths.get(self.level, 1)
+
+    @property
     def rows(self) -> np.ndarray:
         """Component row of each unit, [unit]."""
-        return self.indices // self.layout.d_model if self.level is CircuitLevel.NEURON else self.indices
+        return self.indices // self.width
 
     def keep_mask(self) -> np.ndarray:
-        """Coordinates that belong to the circuit, [component row, d_model] bool."""
-        mask = np.zeros((self.layout.n_rows, self.layout.d_model), dtype=bool)
-        if self.level is CircuitLevel.NEURON:
-            mask.ravel()[self.indices] = True
-        else:
+        """What belongs to the circuit: [component row, d_model] bool, or [component row, reader column] for edges."""
+        if self.level is CircuitLevel.NODE:
+            mask = np.zeros((self.layout.n_rows, self.layout.d_model), dtype=bool)
             mask[self.indices] = True
+            return mask
+        mask = np.zeros((self.layout.n_rows, self.width), dtype=bool)
+        mask.ravel()[self.indices] = True
         return mask
 
     def edge_counts(self) -> dict[str, float]:
-        """Edges that leave a component with a unit in the circuit, and the others. The last key holds per cent."""
+        """Edges of the circuit (edges chosen, or all that leave a component with a unit in it) and the others.
+
+        The last key holds per cent, whatever its name says.
+        """
         degrees = self.layout.out_degrees()
-        n_kept = int(degrees[np.unique(self.rows)].sum())
+        is_edge = self.level is CircuitLevel.EDGE
+        n_kept = len(self.indices) if is_edge else int(degrees[np.unique(self.rows)].sum())
         total = int(degrees.sum())
         return {
             "corrupted_edges": total - n_kept,
@@ -131,7 +204,6 @@ class Circuit:
     def scalars(self) -> dict[str, Any]:
         """The circuit without its lists of units, in the key order of score files."""
         selected = len(self.indices)
-        unit = self.layout.d_model if self.level is CircuitLevel.NEURON else 1
         reason = None
         if not selected:
             reason = "no candidate has a finite, non-zero score" if not self.n_eligible else "--circuit_size is 0"
@@ -143,7 +215,7 @@ class Circuit:
             "selected_n": selected,
             "num_scored": self.n_eligible,
             "num_considered": self.n_candidates,
-            "total_entities": self.layout.n_rows * unit,
+            "total_entities": self._n_entities(),
             "was_clipped": selected < self.n_requested,
             "score_range": list(self.score_range) if self.score_range else None,
             "threshold": _short(self.scores[-1]) if selected else None,
@@ -156,12 +228,21 @@ class Circuit:
             "kept_share": selected / self.n_candidates if self.n_candidates else None,
         }
 
+    def _n_entities(self) -> int:
+        if self.level is CircuitLevel.EDGE:
+            return int(self.layout.out_degrees().sum())
+        return self.layout.n_rows * self.width
+
     def metadata(self) -> dict[str, Any]:
         """The `metadata_topn` block of a manifest, under its published keys."""
         block = {**self.scalars(), "indices": self.indices.tolist()}
         if self.level is CircuitLevel.NODE:
             labels = [self.layout.label(row) for row in self.indices.tolist()]
             return {**block, "node_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
+        if self.level is CircuitLevel.EDGE:
+            pairs = (divmod(index, self.width) for index in self.indices.tolist())
+            labels = [f"{self.layout.label(row)}->{self.layout.column_label(column)}" for row, column in pairs]
+            return {**block, "edge_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
         neurons: dict[str, list[int]] = {}
         label_scores = {}
         for index, score in zip(self.indices.tolist(), self.scores, strict=True):
@@ -182,16 +263,12 @@ def choose_circuit(
 ) -> Circuit:
     """The highest-scoring units. `size` is a number of units (int) or a share of the candidates (float).
 
-    Candidates are all units of the attributed components except `input`; eligible ones have a finite and (unless
+    Candidates are all attributed units (see `ScoreTable.candidates`); eligible ones have a finite and (unless
     `include_zeros`) non-zero score. Ties go to the lower index.
     """
     layout = table.layout
-    is_candidate_row = ~np.isnan(table.values).all(axis=1)
-    is_candidate_row[0] = False
-    if mlp_only:
-        is_candidate_row &= layout.is_mlp()
-    values = table.values if level is CircuitLevel.NEURON else table.values.sum(axis=1, keepdims=True)
-    candidates = np.flatnonzero(np.repeat(is_candidate_row, values.shape[1]))
+    values = table.values.sum(axis=1, keepdims=True) if level is CircuitLevel.NODE else table.values
+    candidates = np.flatnonzero(table.candidates(level, mlp_only))
     scores = values.ravel()[candidates]
     eligible = np.isfinite(scores) & (include_zeros | (scores != 0))
     keys = np.abs(scores) if absolute else scores

@@ -73,7 +73,7 @@ class Keep(NamedTuple):
     """What stays as the model computes it."""
 
     mask: torch.Tensor
-    """[component row, d_model] bool; rows as in `Layout`."""
+    """[component row, d_model] bool, or [component row, reader column] for edges; rows and columns as in `Layout`."""
     with_heads: bool
     """False: attention is not ablated at all, whatever the mask says."""
     embedding: bool
@@ -90,9 +90,15 @@ def evaluate_circuit(
     decode_only: bool,
     batch_size: int,
     table: ReplacementTable | None,
+    of_edges: bool = False,
     progress: Iterable[int] | None = None,
 ) -> Faithfulness:
-    """Run every pair's clean side three times: untouched, with all candidates ablated, with all but the circuit."""
+    """Run every pair's clean side three times: untouched, with all candidates ablated, with all but the circuit.
+
+    of_edges: `keep.mask` is about edges, and a write is replaced only as the readers outside the circuit see it.
+    """
+    from lib.eap.edge_faithfulness import EdgeEvaluation
+
     settings = AttributionSettings(intervention=intervention, decode_only=decode_only)
     nothing = keep._replace(mask=torch.zeros_like(keep.mask), embedding=keep.embedding and not keep.with_heads)
     collected: list[list[RunQuality]] = [[], [], []]
@@ -100,7 +106,8 @@ def evaluate_circuit(
     ticks = iter(progress or ())
     for cpu_batch in batches(pairs, batch_size, language_model.pad_token_id):
         batch = cpu_batch.to(language_model.device)
-        evaluation = BatchEvaluation(language_model, batch, layout, settings, table, keep.with_heads)
+        kind = EdgeEvaluation if of_edges else BatchEvaluation
+        evaluation = kind(language_model, batch, layout, settings, table, keep.with_heads)
         for runs, kept in zip(collected, (None, nothing, keep), strict=True):
             runs.append(evaluation.quality(kept))
         numbers += batch.numbers

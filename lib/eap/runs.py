@@ -133,13 +133,14 @@ def run(
     mlp_edits: dict[int, Edit] | None = None,
     attention_edits: dict[int, AttentionEdit] | None = None,
     keep_cache: bool = False,
+    kept: Activations | None = None,
 ) -> tuple[Activations, KeysAndValues | None]:
     """One forward pass over token embeddings [row, column from frame.first, d_model].
 
     Edits replace a layer's MLP or attention output. Returns the activations and, if asked for, keys and
-    values of all columns.
+    values of all columns. `kept`, if given, is filled as the pass goes along, for edits that look at earlier layers.
     """
-    kept = Activations(embeddings)
+    kept = kept or Activations(embeddings)
     cache = shared_cache(frame.prefix, len(embeddings)) if frame.prefix else None
     with _watching(language_model, kept, watch, mlp_edits or {}, attention_edits or {}):
         output = language_model.base(

@@ -30,6 +30,9 @@ class Method(Enum):
     CLEAN_CORRUPTED = "clean-corrupted"
     """The mean of the gradients at the clean and the corrupted token embeddings."""
 
+    INFORMATION_FLOW_ROUTES = "information-flow-routes"
+    """Share of a write in what a reader sees, from the clean run alone (edges only)."""
+
     EXACT = "exact"
     """The metric's change when the unit really is replaced, one unit at a time: for small models, and as the judge."""
 

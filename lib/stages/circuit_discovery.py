@@ -18,11 +18,12 @@ from lib.artifacts import StageRecord, exclusive, read_json, read_npz, text_dige
 from lib.cli import Report, UserError, rng
 from lib.eap.attribution import attribute_neurons, check_settings
 from lib.eap.circuits import Circuit, CircuitLevel, Layout, ScoreTable, choose_circuit
+from lib.eap.edges import attribute_edges
 from lib.eap.faithfulness import Keep, evaluate_circuit
 from lib.eap.metrics import Metric, TokenAggregation
 from lib.eap.order_check import ablation_effects, choose_units, order_report
 from lib.eap.pairs import Pair
-from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores, WriteTable
+from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, WriteTable
 from lib.interventions import Intervention, ReplacementTable
 from lib.modeling_and_ablation import model_identity
 from lib.scores_table import ScoresTable, load_scores
@@ -84,6 +85,8 @@ SCORE_MEANING = (
 def run_stage(args: argparse.Namespace, report: Report) -> None:
     """Do every job that is not done yet and write the manifest, or say that it is up to date."""
     check_settings(attribution_settings(args))
+    if args.method == Method.INFORMATION_FLOW_ROUTES.value and args.circuit_level != CircuitLevel.EDGE.value:
+        raise UserError("--method information-flow-routes scores edges; use it with --circuit_level edge")
     if args.sampling_strategy == "plan" and not args.sampling_plan_path and not args.cluster_by_spectral:
         raise UserError("--sampling_strategy plan needs --sampling_plan_path (a plan of stage 4)")
     record = stage_record(args)
@@ -145,6 +148,7 @@ class CircuitDiscovery:
         self.table: ScoresTable = load_scores(self.args.features_scores_dir, self.task)
         self.space = PromptSpace(self.args, self.table, self.report)
         self.settings = attribution_settings(self.args)
+        self.level = CircuitLevel(self.args.circuit_level)
         self.output_dir = Path(self.args.output_data_dir)
         self.tables: dict[AttributionIntervention, ReplacementTable] = {}
 
@@ -274,20 +278,12 @@ class CircuitDiscovery:
         args, pairs = self.args, self.pairs(job)
         status, reason = "ok", None
         try:
-            scores = attribute_neurons(
-                self.space.language_model,
-                pairs,
-                self.settings,
-                batch_size=args.batch_size,
-                table=self.replacement_table(self.settings.intervention),
-                progress=self.report.progress(range(len(pairs)), unit="pair", desc=f"attribution {job.circuit_id}"),
-            )
+            arrays = self._attribute(job, pairs)
         except (RuntimeError, MemoryError) as error:
             if not args.fallback_to_full_network:
                 raise
             status, reason = "full_network_fallback", " ".join(str(error).split())
-            scores = self._equal_scores(len(pairs))
-        arrays = scores.arrays()
+            arrays = self._equal_scores()
         write_npz(folder / "scores.npz", **arrays)
         circuit = self._circuit(arrays)
         write_json(
@@ -305,18 +301,31 @@ class CircuitDiscovery:
         )
         write_json(folder / "eval.json", self._evaluation(circuit, pairs, job), indent=4)
 
-    def _equal_scores(self, n_pairs: int) -> NeuronScores:
+    def _attribute(self, job: PairJob, pairs: list[Pair]) -> dict[str, np.ndarray]:
+        """Score arrays of a job, as stored."""
+        options = {
+            "batch_size": self.args.batch_size,
+            "table": self.replacement_table(self.settings.intervention),
+            "progress": self.report.progress(range(len(pairs)), unit="pair", desc=f"attribution {job.circuit_id}"),
+        }
+        lm = self.space.language_model
+        if self.level is CircuitLevel.EDGE:
+            return attribute_edges(lm, pairs, self.settings, self.layout, **options).arrays()
+        return attribute_neurons(lm, pairs, self.settings, **options).arrays()
+
+    def _equal_scores(self) -> dict[str, np.ndarray]:
         """Score 1 for everything: the explicitly asked-for fallback."""
         lm = self.space.language_model
+        if self.level is CircuitLevel.EDGE:
+            return {"edges": self.layout.edges().astype(float)}
         n_heads = lm.n_heads if self.settings.with_heads else None
-        ones = WriteTable.filled(1.0, lm.n_layers, n_heads, lm.d_model, torch.device("cpu"))
-        return NeuronScores(ones, ones, n_pairs)
+        return WriteTable.filled(1.0, lm.n_layers, n_heads, lm.d_model, torch.device("cpu")).arrays()
 
     def _circuit(self, arrays: dict[str, Any]) -> Circuit:
         args = self.args
         return choose_circuit(
             ScoreTable.from_arrays(self.layout, arrays),
-            CircuitLevel(args.circuit_level),
+            self.level,
             args.circuit_size,
             absolute=args.absolute_value_attributions,
             include_zeros=args.include_zero_scores,
@@ -326,7 +335,7 @@ class CircuitDiscovery:
     def _order_check(self, arrays: dict[str, Any], pairs: list[Pair], job: PairJob) -> dict[str, Any] | None:
         """Scores against the exact effect of the ablation that follows, on a few units and pairs."""
         args = self.args
-        if not args.check_units:
+        if not args.check_units or self.level is CircuitLevel.EDGE:
             return None
         table = ScoreTable.from_arrays(self.layout, arrays)
         is_row = self.layout.is_mlp() if args.mlp_neurons_only else np.arange(self.layout.n_rows) > 0
@@ -372,6 +381,7 @@ class CircuitDiscovery:
             decode_only=args.decode_only,
             batch_size=args.batch_size,
             table=self.replacement_table(intervention),
+            of_edges=self.level is CircuitLevel.EDGE,
             progress=self.report.progress(range(len(pairs)), unit="pair", desc=f"faithfulness {job.circuit_id}"),
         )
         return {
@@ -415,7 +425,7 @@ class CircuitDiscovery:
 
 def _label_scores(circuit: Circuit) -> dict[str, float]:
     metadata = circuit.metadata()
-    return metadata.get("neuron_label_score") or metadata.get("node_label_score") or {}
+    return metadata[f"{circuit.level.value}_label_score"]
 
 
 def summary_line(job: PairJob, entry: dict[str, Any]) -> str:

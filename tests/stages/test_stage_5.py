@@ -181,6 +181,19 @@ def test_whole_components_as_units(world):
         assert score == pytest.approx(sums[label], rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["EAP-IG-inputs", "information-flow-routes"])
+def test_edges_as_units(world, method):
+    arguments = [a for a in stage_5_arguments(world) if a != "--mlp_neurons_only"]
+    arguments += ["--output_data_dir", str(world / "edges"), "--circuit_level", "edge", "--method", method]
+    assert run_script(SCRIPT, arguments) == 0
+    entry = manifest_of(world / "edges")[0]
+    assert len(entry["metadata_topn"]["edge_label_score"]) == 20
+    assert all("->" in label for label in entry["metadata_topn"]["edge_label_score"])
+    assert entry["circuit_edges"]["circuit_edges"] == 20
+    stored = read_npz(next((world / "edges" / "is_correct").glob("rule_0_*")) / "scores.npz", "scores")
+    assert stored["edges"].shape == (1 + 3 * 5, 3 * 13 + 1)
+
+
 def test_signed_ranking_on_request(world):
     meta = run_elsewhere(world, "signed", "--no-absolute_value_attributions")[0]["metadata_topn"]
     scores = list(meta["neuron_label_score"].values())
@@ -248,6 +261,7 @@ def test_full_network_only_when_asked_for(world, monkeypatch):
     ("extra", "message"),
     [
         (["--method", "EAP", "--metric", "kl"], "no gradient at the clean input"),
+        (["--method", "information-flow-routes"], "--circuit_level edge"),
         (["--sampling_plan_path", "/nowhere.json"], "not found"),
         (["--rules_dir", "/nowhere"], "not found|no rules"),
     ],
