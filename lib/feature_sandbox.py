@@ -35,6 +35,8 @@ MAX_MESSAGE_CHARACTERS = 200
 _ANNOTATION = r"(?:\[[^\[\]()=]*\]|[^,()=\[\]])*"
 _HEADER = re.compile(rf"^def[ \t]+([A-Za-z_]\w*)[ \t]*\([ \t\n]*prompt\b{_ANNOTATION},[ \t\n]*info\b{_ANNOTATION},?"
                      r"[ \t\n]*\)", re.MULTILINE)
+_INTERNALS = re.compile(r"__\w*|\.(?:gi|tb|cr|ag|co)_[a-z]+|\.f_(?:back|globals|locals|builtins|code)\b")
+"""Names that no feature needs: a clearer reason than the sandbox would give. The sandbox is the boundary, not this."""
 _DIALECT = re.compile(r"NotImplementedError|ModuleNotFoundError|ImportError|AttributeError|NameError|SyntaxError|"
                       r"PatternError|not an iterator|not supported|unsupported|unexpected keyword", re.I)
 
@@ -134,22 +136,25 @@ class FeatureSandbox(ABC):
         name = function_name(source)
         if name is None:
             return self._rejected(nothing, "no top-level function with the parameters (prompt, info)")
+        internals = _INTERNALS.search(source)
+        if internals:
+            return self._rejected(nothing, f"reaches for Python's internals ({internals[0]})")
         try:
             result = self._judged(*read_values(self.run(source, name, rows)))
             if result.rejection is None:
                 self._check_repeatable(source, name, rows, result.values)
         except SandboxError as error:
-            return self._rejected(nothing, safe_message(error))
+            return self._rejected(nothing, str(error))
         return result
 
     def _rejected(self, values: np.ndarray, reason: str) -> SandboxResult:
-        return SandboxResult(values, 0, (), reason, self.backend)
+        return SandboxResult(values, 0, (), safe_message(reason), self.backend)
 
     def _judged(self, values: np.ndarray, failures: list[tuple[int, str]]) -> SandboxResult:
         """The result with its rejection, if the values are not good enough."""
         rejection = None
         if len(failures) > MAX_FAILED_SHARE * len(values):
-            rejection = f"failed on {len(failures)} of {len(values)} rows, first: {failures[0][1]}"
+            rejection = safe_message(f"failed on {len(failures)} of {len(values)} rows, first: {failures[0][1]}")
         elif not np.isfinite(values).any():
             rejection = "gave no finite number on any row"
         return SandboxResult(values, len(failures), tuple(failures[:5]), rejection, self.backend)

@@ -29,9 +29,12 @@ COMPILED_DIR = Path(__file__).resolve().parents[1] / "cache" / "wasm"
 FUEL_TO_START = 2_000_000_000
 FUEL_PER_SECOND = 1_000_000_000
 """Instructions that stand for a second of the time limit; a plain feature needs about 126,000 a row."""
-TIMEOUT_SECONDS = 120
+SECONDS_TO_START = 20
+"""On top of the time limit, in which the child process is stopped from outside (a guest that sleeps uses no fuel)."""
 _GUEST = """
-import io, json, os, sys
+import io, json, os, random, sys, time
+time.sleep = lambda seconds: None
+random.seed(0)
 job = json.loads(sys.stdin.read())
 sys.stdout = sys.stderr = io.StringIO()
 space = {"__name__": "feature"}
@@ -94,22 +97,23 @@ class WasmSandbox(FeatureSandbox):
 
     def _run_batch(self, compiled: Path, source: str, name: str, rows: list[Row]) -> Any:
         n_batches = -(-len(rows) // self.limits.rows_per_batch)
+        timeout = SECONDS_TO_START + 10 * self.limits.seconds_per_batch * n_batches
         fuel = FUEL_TO_START + int(FUEL_PER_SECOND * self.limits.seconds_per_batch * n_batches)
         with tempfile.TemporaryDirectory(prefix="feature-") as folder:
-            job = Path(folder) / "job.json"
+            job, result = Path(folder) / "job.json", Path(folder) / "result.json"
             job.write_text(json.dumps({"source": PRELUDE + source, "driver": DRIVER.format(name=name), "rows": rows}))
             # Every result is a number or a short text: more output than this is not one of ours.
             max_output = self.limits.output_bytes + 300 * len(rows)
-            command = [sys.executable, "-I", str(Path(__file__).with_name("wasm_worker.py")), str(compiled), str(job),
-                       str(fuel), str(self.limits.memory_bytes), str(max_output), _GUEST]
+            command = [sys.executable, "-I", str(Path(__file__).with_name("wasm_worker.py")), *map(str, (
+                compiled, job, result, fuel, self.limits.memory_bytes, max_output)), _GUEST]
             try:
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_SECONDS,
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout,
                                       env={"PATH": os.environ.get("PATH", "")}, check=False)
             except subprocess.TimeoutExpired:
                 raise SandboxError("time limit exceeded") from None
-        if done.returncode:
-            raise SandboxError(safe_message(done.stderr.decode(errors="replace")) or "the interpreter was stopped")
-        return _answer(done.stdout)
+            if done.returncode:
+                raise SandboxError(safe_message(done.stderr.decode(errors="replace")) or "the interpreter was stopped")
+            return _answer(result.read_bytes())
 
 
 def _answer(output: bytes) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import re
 import time
 
@@ -46,20 +46,26 @@ def wasm():
         yield sandbox
 
 
+def hostile_source(name: str, marker: str) -> str:
+    source = HOSTILE[name].replace("{{", "{").replace("}}", "}")
+    return source.replace("{marker!r}", repr(marker)).replace("{marker}", marker)
+
+
 def contained(sandbox: FeatureSandbox, name: str, tmp_path) -> None:
     """Run a hostile function, then an honest one; the first must be rejected, the second must not notice."""
-    marker = tmp_path / "marker"
-    source = HOSTILE[name].replace("{{", "{").replace("}}", "}").replace("{marker!r}", repr(str(marker)))
-    before = set(os.listdir(tmp_path))
+    source = hostile_source(name, str(tmp_path / "marker"))
     started = time.monotonic()
-    result = sandbox.evaluate(source.replace("{marker}", str(marker)), ROWS)
-    assert time.monotonic() - started < 15
+    result = sandbox.evaluate(source, ROWS)
     if name in HARMLESS:
         assert len(set(result.values)) == 1 or result.rejection
     else:
         assert result.rejection, f"{name} was accepted: {result.values[:3]}"
         assert len(result.rejection) <= 200 and result.rejection.isprintable()
-    assert set(os.listdir(tmp_path)) == before
+    # Also without the look at the source that comes first: it is a courtesy, the interpreter is the wall.
+    with contextlib.suppress(SandboxError):
+        sandbox.run(source, "feature", ROWS[:10])
+    assert time.monotonic() - started < 30
+    assert list(tmp_path.iterdir()) == []
     honest = sandbox.evaluate(HONEST, ROWS[:5])
     assert honest.rejection is None
     assert honest.values.tolist() == [len(prompt) + info["operand_a"] for prompt, info in ROWS[:5]]
