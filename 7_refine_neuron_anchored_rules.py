@@ -167,6 +167,12 @@ def _add_summary_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only the flip statistics (and, with --summarize_rule_metrics, the tables), from files of a finished run",
     )
+    group.add_argument(
+        "--skip_agonist_metric_stats", action="store_true", help="no agonist_metric_* tables from stage 6's summaries"
+    )
+    group.add_argument(
+        "--agonist_metric_topk", type=positive_int, default=30, help="correlations kept per target and scope"
+    )
     group.add_argument("--rule_metrics_quantiles", default="0.1,0.5,0.9", help="low, middle, high of the summaries")
     group.add_argument("--rule_length_cap", type=positive_int, default=30, help="longest rule shown in histograms")
     group.add_argument("--rule_metrics_topk", type=positive_int, default=50, help="rows of the _top_<k> tables")

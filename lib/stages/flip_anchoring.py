@@ -16,13 +16,15 @@ from lib.artifacts import exclusive, read_csv, read_json, write_csv, write_json
 from lib.cli import Report, require_dir, require_file, rng
 from lib.flip_answer_log import AnswerLog
 from lib.flip_candidates import Candidate, Verdict, read_candidates, select_candidates
+from lib.flip_diagnostic_plots import write_diagnostics
+from lib.flip_diagnostics import diagnose
 from lib.flip_fit_pool import fit_all
 from lib.flip_measuring import EngineFactory, FlipMeasurement, FlipMeasurer
 from lib.flip_rows import EvaluatedRows, Role, RowSampling, assign_roles, choose_rows, group_numbers
 from lib.flip_rule_tables import RuleRun
 from lib.flip_rules import FitProblem, TargetStatus
 from lib.flip_summaries import write_statistics, write_summaries
-from lib.flip_table import FlipTable, flip_frame, neurons_of_frame, read_flip_table
+from lib.flip_table import FlipTable, flip_frame, neuron_statistics, neurons_of_frame, read_flip_table
 from lib.scores_table import ScoresTable, load_scores
 from lib.stages.flip_model import ModelAccess
 from lib.stages.flip_settings import FlipSettings
@@ -169,6 +171,16 @@ class FlipAnchoring:
             self._put_json("final_stats_exclusion.json", exclusion)
             table = table.take(~is_discovery)
         self._written += write_statistics(self.stats_dir, table, extra, controls)
+        self._write_diagnostics(table)
+
+    def _write_diagnostics(self, table: FlipTable) -> None:
+        """`agonist_metric_*`, where stage 6 has measured activation or saliency."""
+        agonists = self.args.circuit_agonists_path
+        if self.args.skip_agonist_metric_stats or agonists is None or not Path(agonists).is_dir():
+            return
+        tables = diagnose(Path(agonists), neuron_statistics(table))
+        if tables is not None:
+            self._written += write_diagnostics(self.stats_dir, tables, self.args.agonist_metric_topk)
 
     # ------------------------------------------------------------ rules
 
