@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
-from lib.spectral_options import METRICS, add_spectral_arguments
+from lib.spectral_options import add_pairing_arguments, add_spectral_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,19 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose the unrelated side as similar partners of the associated one, of equal length",
     )
     pairing.add_argument("--pair_len_tolerance", type=int, default=0, help="tokens by which paired lengths may differ")
-    pairing.add_argument(
-        "--pair_similarity_metric",
-        choices=METRICS,
-        default="cosine",
-        metavar="METRIC",
-        help="distance between representations: " + ", ".join(METRICS),
-    )
-    pairing.add_argument(
-        "--pair_max_target_uses",
-        type=positive_int,
-        default=4,
-        help="how many partners one unrelated datapoint may serve, where that gives equal lengths",
-    )
+    add_pairing_arguments(pairing)
     stats = parser.add_argument_group("statistics")
     stats.add_argument(
         "--compute_cover_stats", action="store_true", help="report how well each sample covers its group"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
-from lib.spectral_options import METRICS, add_spectral_arguments
+from lib.spectral_options import add_pairing_arguments, add_spectral_arguments
 
 INTERVENTIONS = ("patching", "zero", "mean", "mean-positional")
 
@@ -122,19 +122,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sampling_plan_path", default=None, help="stage 4's plan for the subset all")
     group.add_argument("--max_pairs_per_circuit", type=positive_int, default=512, help="most pairs per job")
     group.add_argument("--min_pairs_per_circuit", type=positive_int, default=8, help="jobs with fewer are skipped")
-    group.add_argument(
-        "--pair_similarity_metric",
-        choices=METRICS,
-        default="cosine",
-        metavar="METRIC",
-        help="distance for pairing (random and cluster sampling)",
-    )
-    group.add_argument(
-        "--pair_max_target_uses",
-        type=positive_int,
-        default=4,
-        help="how many partners one unrelated datapoint may serve, where that gives equal lengths",
-    )
+    add_pairing_arguments(group)
     group.add_argument("--cluster_by_spectral", action="store_true", help="one job per spectral cluster, not per rule")
     group.add_argument(
         "--cluster_base_subset",

@@ -39,6 +39,7 @@ METRICS = tuple(
     )
 )
 DEFAULT_HOOK_NAME = "ln_final.hook_normalized"
+DEFAULT_SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def add_spectral_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,3 +65,27 @@ def add_spectral_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_seq_len", type=positive_int, default=None, help="keep only the last tokens of a prompt")
     group.add_argument("--spectral_dim", type=positive_int, default=16, help="principal axes kept")
     group.add_argument("--spectral_cache_dir", default="cache", help="folder of the spectral_reps_*.npy files")
+
+
+def add_pairing_arguments(group: argparse._ArgumentGroup) -> None:
+    """How an unrelated partner is found for an associated datapoint."""
+    group.add_argument(
+        "--pair_similarity_metric",
+        choices=METRICS,
+        default="cosine",
+        metavar="METRIC",
+        help="distance for pairing: " + ", ".join(METRICS),
+    )
+    group.add_argument(
+        "--pairing_space",
+        choices=["representation", "sentence"],
+        default="representation",
+        help="distances of the analysed model's representations, or of sentence embeddings of the prompts",
+    )
+    group.add_argument("--sentence_model", default=DEFAULT_SENTENCE_MODEL, help="model of --pairing_space sentence")
+    group.add_argument(
+        "--pair_max_target_uses",
+        type=positive_int,
+        default=4,
+        help="how many partners one unrelated datapoint may serve, where that gives equal lengths",
+    )

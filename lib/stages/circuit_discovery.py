@@ -66,6 +66,8 @@ _SAMPLING_SETTINGS = (
     "sampling_strategy",
     "pair_similarity_metric",
     "pair_max_target_uses",
+    "pairing_space",
+    "sentence_model",
     "cluster_by_spectral",
     "cluster_base_subset",
     "global_n_clusters",

@@ -213,7 +213,9 @@ def partners(
         "length_tolerance": 0,
         "max_target_uses": args.pair_max_target_uses,
     }
-    pairing = pair_by_similarity(space.view(clean), space.view(others), clean_lengths, other_lengths, **options)
+    pairing = pair_by_similarity(
+        space.pairing_view(clean), space.pairing_view(others), clean_lengths, other_lengths, **options
+    )
     chosen = others[pairing.targets]
     chosen_lengths = other_lengths.take(pairing.targets)
     meta = pairing_report(pairing, clean, chosen, clean_lengths, chosen_lengths, n_targets=len(others), **options)

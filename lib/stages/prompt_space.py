@@ -15,6 +15,7 @@ from lib.modeling_and_ablation import LanguageModel, load_language_model
 from lib.pairing import Lengths
 from lib.representations import RepresentationSpec, RowView, prompt_representations
 from lib.scores_table import ScoresTable
+from lib.sentence_embeddings import sentence_embeddings
 
 
 @dataclass
@@ -52,6 +53,21 @@ class PromptSpace:
     def view(self, rows: np.ndarray) -> RowView:
         """Representations of some rows, without a copy in memory."""
         return RowView(self.vectors, rows)
+
+    def pairing_view(self, rows: np.ndarray) -> RowView:
+        """Vectors of some rows among which partners are sought, by `--pairing_space`."""
+        return RowView(self._sentences, rows) if self.args.pairing_space == "sentence" else self.view(rows)
+
+    @cached_property
+    def _sentences(self) -> np.ndarray:
+        args = self.args
+        return sentence_embeddings(
+            args.sentence_model,
+            self.table.prompts,
+            args.spectral_cache_dir,
+            batch_size=args.batch_size,
+            device=args.device,
+        )
 
     def points(self, rows: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, spectral.PrincipalAxes]:
         """Rows on the unit sphere of their own principal axes: ([row, component], the axes)."""

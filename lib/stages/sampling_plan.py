@@ -16,7 +16,6 @@ from lib.artifacts import StageRecord, write_json
 from lib.cli import Report, UserError, rng
 from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
-from lib.representations import RowView
 from lib.scores_table import ScoresTable, load_scores
 from lib.stages.prompt_space import PromptSpace
 from lib.task_spec import resolve_task_spec
@@ -43,6 +42,8 @@ _SETTINGS = (
     "pair_len_tolerance",
     "pair_similarity_metric",
     "pair_max_target_uses",
+    "pairing_space",
+    "sentence_model",
     "compute_cover_stats",
     "stats_sample_size",
     "stats_chunk_size",
@@ -183,6 +184,7 @@ class SamplingPlanner:
                 "len_tolerance": args.pair_len_tolerance,
                 "method": "minimum_cost_assignment",
                 "metric": args.pair_similarity_metric,
+                "space": args.pairing_space,
                 "max_target_uses": args.pair_max_target_uses,
             },
             "stats": {
@@ -327,8 +329,8 @@ class SamplingPlanner:
         """An unrelated datapoint for each chosen one, with the `pairing_meta` block."""
         args, lengths = self.args, self.lengths
         pairing = pair_by_similarity(
-            self._pairing_vectors(chosen),
-            self._pairing_vectors(unrelated),
+            self.space.pairing_view(self.rows[chosen]),
+            self.space.pairing_view(self.rows[unrelated]),
             lengths.take(chosen),
             lengths.take(unrelated),
             metric=args.pair_similarity_metric,
@@ -349,10 +351,7 @@ class SamplingPlanner:
         )
         return partners, meta
 
-    def _pairing_vectors(self, points: np.ndarray) -> RowView:
-        return self.space.view(self.rows[points])
-
     def _pair_distances(self, chosen: np.ndarray, partners: np.ndarray) -> dict[str, Any]:
-        left, right = (np.asarray(self._pairing_vectors(side), dtype=np.float64) for side in (chosen, partners))
+        left, right = (self.space.view(self.rows[side])[:].astype(np.float64) for side in (chosen, partners))
         distances = np.linalg.norm(left - right, axis=1)
         return spectral.summarise(distances, 0, rng(self.args.seed, "stage4", "pair distances"))

