@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, add_task_arguments, stage_main
+from lib.cli import Report, add_task_arguments, positive_int, stage_main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="folder of the results")
     files.add_argument("--max_number_of_prompts_to_analyze", "--max_prompts", type=int, default=0,
                        help="draw this many prompts at random, same share of each label; 0: all")
-    source = parser.add_argument_group("features")
-    source.add_argument("--no_llm_feature_generation", "--no_llm", dest="no_llm", action="store_true", required=True,
-                        help="only the task's own features")
-    source.add_argument("--cache_dir", "-c", default="./cache", help="folder of the cache of model calls")
-    source.add_argument("--num_correct_example_prompts", type=int, default=32, help="positive prompts shown per round")
-    source.add_argument("--num_incorrect_example_prompts", type=int, default=32, help="negative ones")
+    files.add_argument("--cache_dir", "-c", default="./cache", help="folder of the cache of model calls")
+    files.add_argument("--no_plots", action="store_true", help="no features.md with its figures")
+    add_proposal_arguments(parser.add_argument_group("proposed features"))
     add_filter_arguments(parser.add_argument_group("filters, on TRAIN"))
+
+
+def add_proposal_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which chat model proposes features, and how it is asked."""
+    group.add_argument("--no_llm_feature_generation", "--no_llm", dest="no_llm", action="store_true",
+                       help="only the task's own features")
+    group.add_argument("--ai_model", "-m", default="gemma3:27b",
+                       help="chat model: <provider>:<model> with ollama, openai, groq or local, or an Ollama name")
+    group.add_argument("--base_url", default="", help="server of the model, e.g. any OpenAI-compatible one")
+    group.add_argument("--temperature", "-T", type=float, default=0.3, help="sampling temperature")
+    group.add_argument("--n_features", "-n", type=positive_int, default=16, help="features asked for per round")
+    group.add_argument("--feature_extraction_steps", "--rounds", "-R", type=positive_int, default=10,
+                       help="rounds that give features")
+    group.add_argument("--num_correct_example_prompts", type=positive_int, default=32,
+                       help="prompts of the positive class shown per round")
+    group.add_argument("--num_incorrect_example_prompts", type=positive_int, default=32,
+                       help="prompts of the negative class shown per round")
+    group.add_argument("--number_of_existing_features_to_show_for_diversity", type=int, default=20,
+                       help="earlier proposals shown per round, to get others")
+    group.add_argument("--feature_sandbox", choices=["auto", "monty", "wasm"], default="auto",
+                       help="what runs proposed functions; auto: monty, and wasm for what needs complete Python")
 
 
 def add_filter_arguments(group: argparse._ArgumentGroup) -> None:

@@ -47,11 +47,9 @@ def answers(tmp_path):
     return path
 
 
-def run(answers, folder, *extra: str) -> int:
-    return run_script(
-        "2_generate_features",
-        ["--prompts_answers_pkl_file", str(answers), "--features_scores_dir", str(folder), *FLAGS, *extra],
-    )
+def run(answers, folder, *extra: str, plots: bool = False) -> int:
+    arguments = ["--prompts_answers_pkl_file", str(answers), "--features_scores_dir", str(folder), *FLAGS, *extra]
+    return run_script("2_generate_features", arguments + ["--no_plots"] * (not plots))
 
 
 def test_the_table(answers, tmp_path):
@@ -115,20 +113,24 @@ def test_metrics_are_of_train_rows_only(answers, tmp_path):
 
 
 def test_a_second_run_changes_no_file_and_force_gives_the_same_bytes(answers, tmp_path):
-    run(answers, tmp_path / "report")
-    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "report").iterdir()}
-    assert run(answers, tmp_path / "report") == 0
-    assert files == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "report").iterdir()}
-    run(answers, tmp_path / "report", "--force")
-    for path, (_, content) in files.items():
-        if path.name != "run_metadata.json":
-            assert path.read_bytes() == content, path
+    def files() -> dict:
+        paths = [path for path in (tmp_path / "report").rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+    run(answers, tmp_path / "report", plots=True)
+    before = files()
+    assert "feature_distributions_01.png" in {path.name for path in before}
+    assert run(answers, tmp_path / "report", plots=True) == 0
+    assert files() == before
+    run(answers, tmp_path / "report", "--force", plots=True)
+    for path, (_, content) in files().items():
+        assert path.name == "run_metadata.json" or content == before[path][1], path
 
 
 def test_other_processes_write_the_same_bytes(answers, tmp_path):
     run(answers, tmp_path / "here")
     subprocess.run(
-        [sys.executable, "2_generate_features.py", "-i", answers, "-o", tmp_path / "there", *FLAGS],
+        [sys.executable, "2_generate_features.py", "-i", answers, "-o", tmp_path / "there", "--no_plots", *FLAGS],
         check=True,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONHASHSEED": "77"},
