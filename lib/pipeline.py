@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lib.cli import DEFAULT_MODEL, Report, positive_int, stage_main
-from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module
+from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, stage_main
+from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module, task_settings
 from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunPaths
 from lib.task_spec import add_task_settings
 
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser, experiment: str) -> None:
 
 
 def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--spectral_splits", action="store_true",
+                       help="study clusters of prompts instead of rules; stages 3 and 4 are not needed")
     for name, default in (("circuit_discovery", "random"), ("anchoring_plan", "random")):
         for choice in ("spectral", "random"):
             group.add_argument(f"--{choice}_{name}", dest=name, action="store_const", const=choice, default=default,
@@ -67,7 +69,8 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mlp_neurons_only", action="store_true", help="leave attention out")
     group.add_argument("--include_zero_scores", action="store_true", help="candidates may have attribution zero")
     group.add_argument("--incorrect_rules", action="store_true", help="control: rules of shuffled labels, kept apart")
-    group.add_argument("--circuit_level", default="neuron", choices=["neuron", "node"], help="what a unit is")
+    group.add_argument("--circuit_level", default="neuron", choices=["neuron", "node", "edge"],
+                       help="what a unit of attribution is")
     group.add_argument("--circuit_size", type=positive_int, default=DEFAULT_CIRCUIT_SIZE,
                        help="candidates kept by attribution")
     group.add_argument("--max_number_of_circuits_to_analyze", type=int, default=-1,
@@ -79,7 +82,10 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--no_llm", action="store_true", required=True, help="only the task's own features")
+    group.add_argument("--feature_model", default="gemma3:27b", help="chat model that proposes features: "
+                       "<provider>:<model> with ollama, openai, groq or local, or an Ollama name")
+    group.add_argument("--base_url", default="", help="server of the feature model, e.g. any OpenAI-compatible one")
+    group.add_argument("--no_llm", action="store_true", help="only the task's own features")
     group.add_argument("--z_thresh", type=int, default=-1,
                        help="drop features whose robust z-score exceeds this; -1: keep them")
     group.add_argument("--min_rule_dataset_coverage", type=float,
@@ -118,14 +124,27 @@ def run(args: argparse.Namespace, report: Report) -> int:
 
 
 def resolve(args: argparse.Namespace) -> RunPaths:
-    """Find the run's folders; local paths on the command line are those of the caller's working folder."""
+    """Find the run's folders; local paths on the command line are those of the caller's working folder.
+
+    Raises:
+        UserError: contradicting choices, or settings that the task refuses.
+    """
+    choices = run_choices(args)
+    if choices.spectral_splits and (choices.spectral_discovery or choices.spectral_anchoring):
+        raise UserError("--spectral_splits uses no rules, so no spectral plan of rules: leave out "
+                        "--spectral_circuit_discovery and --spectral_anchoring_plan")
+    if choices.spectral_splits and choices.incorrect_rules:
+        raise UserError("--spectral_splits uses no rules, so there are none to shuffle: leave out --incorrect_rules")
+    for name, value in task_settings(args).items():
+        if isinstance(value, str) and Path(value).is_file():
+            setattr(args, name, str(_within_repository(value)))
     if Path(args.model).expanduser().exists():
         args.model = str(_within_repository(args.model))
     if args.ai_model_cache_dir:
         args.ai_model_cache_dir = str(_within_repository(args.ai_model_cache_dir))
     return RunPaths(_within_repository(args.data_root) if args.data_root else Path("data"),
                     _within_repository(args.cache_root) if args.cache_root else Path("cache"),
-                    args.experiment, args.model, METHOD, run_choices(args))
+                    args.experiment, args.model, METHOD, choices)
 
 
 def _within_repository(text: str) -> Path:

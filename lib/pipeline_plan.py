@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from lib.run_names import REGIMES, RunChoices, RunPaths
 from lib.task_spec import resolve_task_spec
@@ -36,7 +37,9 @@ class PipelinePlan:
 
     def calls(self) -> list[StageCall]:
         """Every call of the pipeline, in order."""
-        calls = [self._answers(), self._features(), self._rules()]
+        calls = [self._answers(), self._features()]
+        if not self.paths.choices.spectral_splits:
+            calls.append(self._rules())
         if self.paths.choices.spectral_discovery:
             calls.append(self._discovery_plan())
         if self.paths.choices.spectral_anchoring:
@@ -80,9 +83,9 @@ class PipelinePlan:
 
     def _task_settings(self) -> list[str]:
         """Flags of the task's settings that are not at their default; only stage 1 needs them, it records them."""
-        settings = resolve_task_spec(task_module(self.args.experiment)).Settings
-        defaults, flags = settings().to_json(), []
-        for name, value in settings.from_arguments(self.args).to_json().items():
+        defaults = resolve_task_spec(task_module(self.args.experiment)).Settings().to_json()
+        flags: list[str] = []
+        for name, value in task_settings(self.args).items():
             if isinstance(value, bool) and value != defaults[name]:
                 flags.append(f"--{name}" if value else f"--no-{name}")
             elif value != defaults[name]:
@@ -91,12 +94,15 @@ class PipelinePlan:
 
     def _features(self) -> StageCall:
         args = self.args
+        source = ["--no_llm"] if args.no_llm else ["--ai_model", args.feature_model]
+        if args.base_url and not args.no_llm:
+            source += ["--base_url", args.base_url]
         filters = ["--drop_near_duplicate_features", "--near_duplicate_features_threshold", "0.9999",
                    "--drop_low_predictive_power_features", "--min_delta", "0.2"]
         if args.z_thresh >= 0:
             filters += ["--drop_high_mad_variance_features", "--z_thresh", str(args.z_thresh)]
         return StageCall(2, "features", "2_generate_features.py", [
-            "--no_llm", *self._common(), "--prompts_answers_pkl_file", str(self.paths.answers),
+            *source, *self._common(), "--prompts_answers_pkl_file", str(self.paths.answers),
             "--features_scores_dir", str(self.paths.features_dir), "--cache_dir", str(self.paths.model_cache_dir),
             "--num_correct_example_prompts", "32", "--num_incorrect_example_prompts", "32", *filters])
 
@@ -131,7 +137,12 @@ class PipelinePlan:
 
     def _circuits(self) -> StageCall:
         args = self.args
-        if self.paths.choices.spectral_discovery:
+        if self.paths.choices.spectral_splits:
+            # A single cluster would leave nothing to contrast it with.
+            n_clusters = [str(max(2, args.max_number_of_circuits_to_analyze))]
+            sampling = ["--cluster_by_spectral", "--pair_similarity_metric", "euclidean", *self._spectral(),
+                        *(["--global_n_clusters", *n_clusters] if args.max_number_of_circuits_to_analyze > 0 else [])]
+        elif self.paths.choices.spectral_discovery:
             sampling = ["--sampling_strategy", "plan", "--sampling_plan_path", str(self.paths.discovery_plan)]
         else:
             sampling = ["--sampling_strategy", "random", "--pair_similarity_metric", "euclidean"]
@@ -151,12 +162,14 @@ class PipelinePlan:
         args = self.args
         flags = ["--fast_ablation"] * self.paths.choices.fast_anchoring + ["--decode_only"] * args.decode_only
         flags += ["--mlp_neurons_only"] * args.mlp_neurons_only
+        flags += ["--cluster_by_spectral"] * self.paths.choices.spectral_splits
         if self.paths.choices.spectral_anchoring:
             plan = str(self.paths.anchoring_plan(regime))
             flags += ["--sampling_strategy", "plan", "--sampling_plan_path", plan]
         return StageCall(6, f"agonist neurons, {regime} baseline", "6_analyze_bag_of_rules.py", [
             *self._model(), *self._common(), "--input_data_dir", str(self.paths.circuits_dir),
             "--output_data_dir", str(self.paths.regime_dir(regime)),
+            "--cache_dir", str(self.paths.model_cache_dir),
             "--scores_path", str(self.paths.features_dir / "scores.csv"), "--baseline_subset", regime,
             "--intervention", args.eval_intervention, *self._mean_points(),
             "--n_associated", str(POINTS_PER_ABLATION), "--n_unrelated", str(POINTS_PER_ABLATION),
@@ -180,9 +193,15 @@ def task_module(experiment: str) -> str:
     return f"lib.tasks.{experiment}_task"
 
 
+def task_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The task's settings that the command line asks for, by name."""
+    return resolve_task_spec(task_module(args.experiment)).Settings.from_arguments(args).to_json()
+
+
 def run_choices(args: argparse.Namespace) -> RunChoices:
     """The choices that appear in names."""
     return RunChoices(
-        spectral_discovery=args.circuit_discovery == "spectral", spectral_anchoring=args.anchoring_plan == "spectral",
-        fast_anchoring=args.anchoring == "fast", decode_only=args.decode_only, incorrect_rules=args.incorrect_rules,
-        circuit_size=args.circuit_size, min_flip_rate=args.min_flip_rate, eval_intervention=args.eval_intervention)
+        spectral_splits=args.spectral_splits, spectral_discovery=args.circuit_discovery == "spectral",
+        spectral_anchoring=args.anchoring_plan == "spectral", fast_anchoring=args.anchoring == "fast",
+        decode_only=args.decode_only, incorrect_rules=args.incorrect_rules, circuit_size=args.circuit_size,
+        min_flip_rate=args.min_flip_rate, eval_intervention=args.eval_intervention)

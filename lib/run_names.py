@@ -2,7 +2,7 @@
 
 The grammar is the one of archived results, so that runs of both find each other's files:
 
-    circuit label = rule_split-{spectral|random}_sample[-M<size>][-decode_only][-eval_<kind>]
+    circuit label = (spectral_split | rule_split-{spectral|random}_sample)[-M<size>][-decode_only][-eval_<kind>]
     bag label     = agonist_neurons[-fast]-{spectral|random}_anchor[-tau<rate>]
     run name      = <circuit label>-<bag label>[-fake_targets]
 """
@@ -24,6 +24,7 @@ REGIMES = ("positive", "negative")
 class RunChoices:
     """The choices that appear in names. `min_flip_rate` is text: the name repeats it as it was given."""
 
+    spectral_splits: bool
     spectral_discovery: bool
     spectral_anchoring: bool
     fast_anchoring: bool
@@ -36,7 +37,8 @@ class RunChoices:
     @property
     def circuit_label(self) -> str:
         """Name of what stage 5 does."""
-        label = f"rule_split-{'spectral' if self.spectral_discovery else 'random'}_sample"
+        sample = "spectral" if self.spectral_discovery else "random"
+        label = "spectral_split" if self.spectral_splits else f"rule_split-{sample}_sample"
         if self.circuit_size != DEFAULT_CIRCUIT_SIZE:
             label += f"-M{self.circuit_size}"
         if self.decode_only:

@@ -19,7 +19,7 @@ from tests.scripts import REPOSITORY, load_script
 
 def parse(*argv: str) -> argparse.Namespace:
     add_arguments = partial(pipeline.add_arguments, experiment="arithmetic")
-    return build_parser(add_arguments, None).parse_args(["arithmetic", "org/model", "--no_llm", *argv])
+    return build_parser(add_arguments, None).parse_args(["arithmetic", "org/model", *argv])
 
 
 def paths_of(*argv: str):
@@ -39,6 +39,7 @@ def paths_of(*argv: str):
      "rule_split-spectral_sample-decode_only-agonist_neurons-spectral_anchor"),
     ("--circuit_size 25000 --decode_only",
      "rule_split-random_sample-M25000-decode_only-agonist_neurons-fast-random_anchor"),
+    ("--spectral_splits --decode_only", "spectral_split-decode_only-agonist_neurons-fast-random_anchor"),
     ("--min_flip_rate 0.3", "rule_split-random_sample-agonist_neurons-fast-random_anchor-tau0.3"),
     ("--min_flip_rate 0.20", "rule_split-random_sample-agonist_neurons-fast-random_anchor"),
     ("--eval_intervention mean", "rule_split-random_sample-agonist_neurons-fast-random_anchor"),
@@ -64,6 +65,7 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
         return [call.stage for call in PipelinePlan(args, pipeline.resolve(args)).calls()]
 
     assert stages() == [1, 2, 3, 5, 6, 6, 7]
+    assert stages("--spectral_splits") == [1, 2, 5, 6, 6, 7]
     assert stages("--spectral_circuit_discovery") == [1, 2, 3, 4, 5, 6, 6, 7]
     assert stages("--spectral_circuit_discovery", "--spectral_anchoring_plan") == [1, 2, 3, 4, 4, 4, 5, 6, 6, 7]
 
@@ -73,6 +75,8 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
     "--spectral_circuit_discovery --spectral_anchoring_plan --decode_only --mlp_neurons_only --z_thresh 10 --force",
     "--quiet",
     "--incorrect_rules --slow_anchoring --include_zero_scores --ai_model_cache_dir weights",
+    "--spectral_splits --max_number_of_circuits_to_analyze 1 --decode_only",
+    "--feature_model openai:some-model --base_url http://localhost:8000/v1", "--no_llm",
     "--circuit_level node --eval_intervention mean-donor",
 ])
 def test_every_stage_accepts_its_command(argv, monkeypatch):
@@ -109,13 +113,21 @@ def test_without_a_task_the_built_in_example_runs_and_options_win(tmp_path):
     assert first["--prompts_answers_pkl_file"] == "cache/arithmetic/SmolLM2-135M-Instruct/llm_io_data.pkl"
 
 
+def test_a_file_of_the_task_is_that_of_the_working_folder(tmp_path):
+    (tmp_path / "questions.csv").write_text("prompt,answer\n1+1=,2\n")
+    result = run_pipeline("table", "org/model", "--task_file", "questions.csv", "--dry_run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"--task_file {tmp_path / 'questions.csv'}" in result.stdout.splitlines()[0]
+
+
 @pytest.mark.parametrize("argv, complaint", [
     (["arithmetic"], "required: model"),
     (["no_such_task", "org/model"], "lib.tasks.no_such_task_task"),
     (["../task", "org/model"], "lib.tasks.../task_task"),
-    (["arithmetic", "org/model"], "required: --no_llm"),
-    (["arithmetic", "org/model", "--no_llm", "--max_new_tokens", "0"], "--max_new_tokens"),
-    (["arithmetic", "org/model", "--no_llm", "--operators", "?"], "operators"),
+    (["arithmetic", "org/model", "--max_new_tokens", "0"], "--max_new_tokens"),
+    (["arithmetic", "org/model", "--operators", "?"], "operators"),
+    (["arithmetic", "org/model", "--spectral_splits", "--incorrect_rules"], "--incorrect_rules"),
+    (["arithmetic", "org/model", "--spectral_splits", "--spectral_anchoring_plan"], "--spectral_anchoring_plan"),
     (["arithmetic", "org/model", "--min_flip_rate", "2"], "--min_flip_rate"),
     (["arithmetic", "org/model", "--batch_size"], "--batch_size"),
     (["arithmetic", "org/model", "--no_such_option"], "--no_such_option"),
