@@ -53,6 +53,12 @@ def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sampling_plan_path", default=None, help="stage 4's plan, for --sampling_strategy plan")
     group.add_argument("--n_associated", type=positive_int, default=100, help="search datapoints that the rule covers")
     group.add_argument("--n_unrelated", type=positive_int, default=100, help="search datapoints that it does not")
+    group.add_argument(
+        "--max_noise",
+        type=float,
+        default=0.25,
+        help="replace search datapoints that more than this share of random weak groups flips; 1 keeps all",
+    )
     group.add_argument("--n_confirm", type=int, default=64, help="fresh datapoints per slice to confirm agonists on")
 
 
@@ -126,11 +132,10 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help="test subtrees of up to this many candidates one by one where all their groups proved positive",
     )
     group.add_argument(
-        "--evidence",
-        choices=["auto", "flip", "change"],
-        default="auto",
-        help="what keeps a group: flipped labels, or changed answers (auto: changed answers for --search attribution "
-        "in the negative regime)",
+        "--max_group_size",
+        type=positive_int,
+        default=None,
+        help="largest group to start from (default: 64 in the negative regime, none in the positive one)",
     )
     group.add_argument("--audit_members", type=int, default=32, help="random members of pruned groups to test alone")
     group.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,6 +42,8 @@ class Forest:
 
 
 NO_CUT = -1
+_STRETCH = (256, 16)
+"""Longest and shortest stretch of candidates that are sorted by layer."""
 PLAIN_CUT = "bisect"
 
 
@@ -82,16 +84,58 @@ def bisect_forest(
     return Forest(order, ends - sizes, ends, np.array(cuts, dtype=np.int64), tuple(names), shown)
 
 
-def attribution_forest(scores: np.ndarray, *, sign_split: bool = True) -> Forest:
+def attribution_forest(
+    scores: np.ndarray, layers: np.ndarray | None = None, *, sign_split: bool = True, max_group_size: int | None = None
+) -> Forest:
     """One row of all candidates, strongest first within each sign; ties keep their order. One tree per sign.
 
-    scores: signed attribution, 0 where missing, [candidate].
+    Inside short stretches of like strength candidates stand by layer, so that small groups lie in few layers: an
+    ablation costs less the later its first layer. Stretches are spans of the trees, shorter among the strongest.
+
+    scores: signed attribution, 0 where missing, [candidate]. layers: layer number [candidate]; None if all are alike.
+    max_group_size: begin with groups of at most this size, the trees' first spans that are small enough.
     """
     by_strength = np.argsort(-np.abs(scores), kind="stable")
     negative = scores[by_strength] < 0
     parts = [by_strength[~negative], by_strength[negative]] if sign_split else [by_strength]
     parts = [part for part in parts if len(part)]
-    sizes = np.array([len(part) for part in parts], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    order = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return Forest(order, ends - sizes, ends, np.full(len(parts), NO_CUT), (PLAIN_CUT,) * len(parts), {})
+    starts, ends, rows, begin = [], [], [], 0
+    for part in parts:
+        if layers is not None:
+            part = _by_layer(part, layers)
+        limit = max_group_size or len(part)
+        for start, end in _spans(len(part), lambda start, size, limit=limit: size <= limit):
+            starts.append(begin + start)
+            ends.append(begin + end)
+        rows.append(part)
+        begin += len(part)
+    order = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    n_roots = len(starts)
+    return Forest(
+        order,
+        np.array(starts, dtype=np.int64),
+        np.array(ends, dtype=np.int64),
+        np.full(n_roots, NO_CUT),
+        (PLAIN_CUT,) * n_roots,
+        {},
+    )
+
+
+def _by_layer(part: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """The candidates of one tree, strongest first, with each stretch sorted by layer."""
+    longest, shortest = _STRETCH
+    spans = _spans(len(part), lambda start, size: size <= min(longest, max(shortest, start // 2)))
+    return np.concatenate([part[a:b][np.argsort(layers[part[a:b]], kind="stable")] for a, b in spans])
+
+
+def _spans(size: int, is_small: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """Spans of a row, in order, got by halving as the search does until `is_small(start, size)`."""
+    spans, pending = [], [(0, size)]
+    while pending:
+        start, end = pending.pop()
+        if end - start <= 1 or is_small(start, end - start):
+            spans.append((start, end))
+        else:
+            middle = start + (end - start) // 2
+            pending += [(middle, end), (start, middle)]
+    return spans

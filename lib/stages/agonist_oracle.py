@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -13,16 +12,6 @@ from lib.group_test_log import CHANGED, FLIPPED, UNCHANGED, UNKNOWN, GroupTestLo
 from lib.neurons import Neuron
 
 _EVALUATIONS_PER_CALL = 4096
-
-
-class Evidence(Enum):
-    """What counts against pruning a group."""
-
-    FLIP = "flip"
-    """A changed label. Where the behaviour is to be broken, larger groups break more."""
-
-    CHANGE = "change"
-    """A changed answer. Where the behaviour is to be produced, a large group only makes other wrong answers."""
 
 
 class FlipAnswers(Protocol):
@@ -50,11 +39,10 @@ class LoggedOracle:
         rows: np.ndarray,
         log: GroupTestLog,
         *,
-        evidence: Evidence = Evidence.FLIP,
         progress: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.answers, self.neurons, self.rows, self.log = answers, neurons, rows, log
-        self.evidence, self.progress = evidence, progress
+        self.progress = progress
         self.n_run = 0
         """(group, datapoint) pairs that the model evaluated."""
         self.n_remembered = 0
@@ -62,9 +50,8 @@ class LoggedOracle:
         self._codes = np.array([neuron_code(neuron) for neuron in neurons], dtype=np.int64)
 
     def __call__(self, groups: list[tuple[int, ...]], datapoints: np.ndarray) -> np.ndarray:
-        """Evidence of each group on each datapoint, bool [group, datapoint]."""
-        outcomes = self.outcomes(groups, datapoints)
-        return outcomes == FLIPPED if self.evidence is Evidence.FLIP else outcomes != UNCHANGED
+        """Flips of each group on each datapoint, bool [group, datapoint]."""
+        return self.outcomes(groups, datapoints) == FLIPPED
 
     def outcomes(self, groups: Sequence[tuple[int, ...]], datapoints: np.ndarray) -> np.ndarray:
         """Outcome of each group on each datapoint, int8 [group, datapoint]; what the log lacks is tested and logged."""
@@ -90,10 +77,10 @@ class LoggedOracle:
         """The group's name in the log."""
         return group_name(self._codes[np.asarray(group, dtype=np.int64)])
 
-    def answers_of(self, candidate: int) -> dict[int, str]:
-        """Changed answers of a candidate tested alone, by `original_idx`, in the order of the datapoints."""
+    def answers_of(self, candidate: int, datapoints: np.ndarray) -> dict[int, str]:
+        """Changed answers of a candidate tested alone on these datapoints, by `original_idx`."""
         known = self.log.answers(self.name((candidate,)))
-        return {int(row): known[int(row)] for row in self.rows if int(row) in known}
+        return {row: known[row] for row in self.rows[datapoints].tolist() if row in known}
 
     def _run(self, groups: list[tuple[int, ...]], names: list[str], datapoints: np.ndarray) -> np.ndarray:
         """Test groups on the model and log them, int8 [group, datapoint]."""

@@ -18,7 +18,10 @@ from lib.search_audit import SearchAudit, audit_pruned
 from lib.search_orders import Forest, SearchOrder, attribution_forest, bisect_forest
 from lib.stages.agonist_inputs import Circuit
 from lib.stages.agonist_oracle import LoggedOracle
-from lib.stages.agonist_slices import SliceRows
+from lib.stages.agonist_slices import SliceUse
+
+# Where answers are wrong before ablation, a large group only makes other wrong answers, whatever its members do.
+_NEGATIVE_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class RuleOptions:
     order: SearchOrder
     is_fast: bool
     sign_split: bool
+    max_group_size: int | None
     audit_members: int
     min_selectivity: float | None
     catastrophic_acc_tol: float
@@ -98,25 +102,19 @@ class Agonist:
 
 
 class RuleSearch:
-    """Searches one circuit's candidates on its slices.
-
-    slices: rows of the associated and the unrelated slice. oracle: datapoints numbered as `slices`' search rows
-    (associated, unrelated), then confirmation rows (associated, unrelated).
-    """
+    """Searches one circuit's candidates on its slices; the oracle numbers datapoints as `slices` does."""
 
     def __init__(
         self,
         circuit: Circuit,
         regime: str,
-        slices: tuple[SliceRows, SliceRows],
+        slices: tuple[SliceUse, SliceUse],
         oracle: LoggedOracle,
         options: RuleOptions,
     ) -> None:
         self.circuit, self.regime, self.oracle, self.options = circuit, regime, oracle, options
-        lengths = [len(part.search) for part in slices] + [len(part.confirm) for part in slices]
-        starts = np.cumsum([0, *lengths])
-        spans = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
-        self.search_slices, self.confirm_slices = Slices(spans[0], spans[1]), Slices(spans[2], spans[3])
+        self.search_slices = Slices(slices[0].search, slices[1].search)
+        self.confirm_slices = Slices(slices[0].confirm, slices[1].confirm)
 
     def run(self) -> RuleFindings:
         """Search (or sweep), audit, confirm."""
@@ -140,7 +138,9 @@ class RuleSearch:
     def _forest(self) -> Forest:
         circuit, options = self.circuit, self.options
         if options.order is SearchOrder.ATTRIBUTION:
-            return attribution_forest(circuit.scores, sign_split=options.sign_split)
+            layers = np.array([neuron.layer for neuron in circuit.neurons])
+            limit = options.max_group_size or (_NEGATIVE_GROUP_SIZE if self.regime == "negative" else None)
+            return attribution_forest(circuit.scores, layers, sign_split=options.sign_split, max_group_size=limit)
         labels = list(dict.fromkeys(neuron.layer_label for neuron in circuit.neurons))
         generators = [self._generator(label) for label in labels]
         has_scores = np.array([circuit.scored[members].any() for members in circuit.layers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from argparse import Namespace
@@ -15,6 +16,7 @@ import numpy as np
 from lib.agonist_files import Buckets, rule_file, write_rule_file, write_rule_knockout
 from lib.artifacts import StageRecord, exclusive, text_digest
 from lib.cli import Report, UserError, require_file, rng
+from lib.confidence_bounds import min_datapoints_to_prune
 from lib.group_test_log import GroupTestLog
 from lib.group_testing import SearchSettings
 from lib.scores_table import ScoresTable, load_scores
@@ -28,9 +30,20 @@ from lib.stages.agonist_inputs import (
     read_plan,
     regimes_to_run,
 )
-from lib.stages.agonist_oracle import Evidence, FlipAnswers, LoggedOracle
-from lib.stages.agonist_rule import Agonist, RuleFindings, RuleOptions, RuleSearch
-from lib.stages.agonist_slices import Skipped, SliceRows, assign_rows, pools_of, rows_to_prepare, too_few
+from lib.stages.agonist_oracle import FlipAnswers, LoggedOracle
+from lib.stages.agonist_report import fill_buckets, rule_body, rule_head, skipped_body, summary_lines
+from lib.stages.agonist_rule import RuleOptions, RuleSearch
+from lib.stages.agonist_slices import (
+    Pool,
+    Skipped,
+    SliceUse,
+    assign_slice,
+    noise_rates,
+    pools_of,
+    rows_to_prepare,
+    search_pool,
+    too_few,
+)
 from lib.task_spec import FeatureTaskSpec, resolve_task_spec
 
 if TYPE_CHECKING:
@@ -138,18 +151,24 @@ def stage_record(inputs: Inputs, regime: str, folder: Path) -> StageRecord:
 def rule_options(args: Namespace) -> RuleOptions:
     """The flags that matter inside a rule."""
     looks = () if args.fixed_n or not args.fast_ablation else tuple(args.looks)
+    order = SearchOrder(args.search)
+    if args.max_group_size is not None and order is SearchOrder.BISECT:
+        raise UserError(
+            "--max_group_size belongs to --search attribution; the published search starts from whole layers"
+        )
     settings = SearchSettings(
         args.search_epsilon, args.prune_alpha, looks, args.full_records or args.fixed_n, args.dense_size
     )
     return RuleOptions(
-        settings,
-        SearchOrder(args.search),
-        args.fast_ablation,
-        args.sign_split_first,
-        args.audit_members,
-        args.min_selectivity,
-        args.catastrophic_acc_tol,
-        args.seed,
+        settings=settings,
+        order=order,
+        is_fast=args.fast_ablation,
+        sign_split=args.sign_split_first,
+        max_group_size=args.max_group_size,
+        audit_members=args.audit_members,
+        min_selectivity=args.min_selectivity,
+        catastrophic_acc_tol=args.catastrophic_acc_tol,
+        seed=args.seed,
     )
 
 
@@ -193,207 +212,96 @@ class RegimeRun:
         if self.args.force:
             log_path.unlink(missing_ok=True)
         log = GroupTestLog(log_path, text_digest(test_identity))
-        self._say(f"{len(self.inputs.circuits)} rules" + (f", {len(log)} group tests in the log" if len(log) else ""))
+        n_rules = len(self.inputs.circuits)
+        self.report.line(f"{n_rules} rules" + (f"; {len(log)} groups were tested before" if len(log) else ""))
         rules = [self._rule(circuit, make_answers, log) for circuit in self.inputs.circuits]
         self.outputs.append(write_rule_knockout(self.folder, rules))
         self.outputs += self.buckets.write(self.folder)
-        summary = {
-            "lines": self.lines,
-            "n_agonists": len(self.buckets.agonists),
-            "n_rules": len(rules),
-            "n_skipped": sum(rule["status"] == "skipped" for rule in rules),
-        }
-        self.record.finish(self.outputs, started=started, summary=summary)
-
-    def _say(self, line: str) -> None:
-        self.report.line(line)
-
-    # ------------------------------------------------------------ one rule
+        n_skipped = sum(rule["status"] == "skipped" for rule in rules)
+        counts = {"n_agonists": len(self.buckets.agonists), "n_rules": n_rules, "n_skipped": n_skipped}
+        self.record.finish(self.outputs, started=started, summary={"lines": self.lines, **counts})
 
     def _rule(self, circuit: Circuit, make_answers: MakeAnswers, log: GroupTestLog) -> dict[str, Any]:
         """Search one rule and write its file; returns the file's content."""
-        content = self._head(circuit)
-        prepared = self._prepare(circuit, make_answers, content)
-        if isinstance(prepared, Skipped):
-            content |= {
-                "status": "skipped",
-                "reason": prepared.reason,
-                "n_associated_tested": 0,
-                "n_unrelated_tested": 0,
-                "ablations": [],
-            }
-            self.lines.append(f"{circuit.name}: skipped, {prepared.reason}")
-        else:
-            slices, answers = prepared
-            rows = np.concatenate([*(part.search for part in slices), *(part.confirm for part in slices)])
-            bar = self.report.progress(itertools.count(), unit="answer", desc=circuit.name)
-            next(bar)
-            oracle = LoggedOracle(
-                answers, circuit.neurons, rows, log, evidence=self._evidence(), progress=lambda n: _advance(bar, n)
-            )
-            findings = RuleSearch(circuit, self.regime, slices, oracle, self.options).run()
-            bar.close()
-            content |= self._body(findings, slices, oracle)
-            self._fill_buckets(findings)
-            self._summarise(findings, oracle)
+        pools = pools_of(circuit, self.inputs.table, self.regime, self.inputs.plan, self.args.seed)
+        content = rule_head(circuit, self.regime, self.args, pools)
+        body = self._skip_reason(circuit, pools)
+        if body is None:
+            with self._progress(circuit) as advance:
+                body = self._search(circuit, pools, make_answers, log, advance)
+        if isinstance(body, Skipped):
+            self.lines.append(f"{circuit.name}: skipped, {body.reason}")
+            body = skipped_body(body)
+        content |= body | {"config_fingerprint": self.record.fingerprint}
         path = rule_file(self.folder, circuit.target, circuit.circuit_id, is_cluster=circuit.is_cluster)
         write_rule_file(path, content)
         self.outputs.append(path)
         return content
 
-    def _evidence(self) -> Evidence:
-        if self.args.evidence == "auto":
-            published = self.options.order is SearchOrder.BISECT
-            return Evidence.FLIP if published or self.regime == "positive" else Evidence.CHANGE
-        return Evidence(self.args.evidence)
-
-    def _head(self, circuit: Circuit) -> dict[str, Any]:
-        return {
-            "circuit_id": circuit.circuit_id,
-            "circuit_label": circuit.label,
-            "analysis_mode": "spectral_cluster" if circuit.is_cluster else "rule",
-            "cluster_index": circuit.cluster_index,
-            "rule_target": circuit.target,
-            "rule_direction": circuit.direction,
-            "intervention": self.args.intervention,
-            "decode_only": self.args.decode_only,
-            "n_associated_positive": 0,
-            "n_unrelated_positive": 0,
-            "baseline_subset": self.regime,
-        }
-
-    def _prepare(
-        self, circuit: Circuit, make_answers: MakeAnswers, content: dict[str, Any]
-    ) -> tuple[tuple[SliceRows, SliceRows], FlipAnswers] | Skipped:
-        """Choose a rule's datapoints and compute their baseline; numbered as search rows, then confirmation rows."""
-        args, alpha_slice = self.args, self.options.settings.alpha_slice
+    def _skip_reason(self, circuit: Circuit, pools: tuple[Pool, Pool] | Skipped) -> Skipped | None:
+        """Why a rule need not even be prepared."""
         if not circuit.neurons:
             return Skipped("no candidate neurons left by the flags")
-        pools = pools_of(circuit, self.inputs.table, self.regime, self.inputs.plan, args.seed)
-        if isinstance(pools, Skipped):
-            return pools
-        sizes = [pool.n_planned or len(pool.rows) for pool in pools]
-        content |= {"n_associated_positive": sizes[0], "n_unrelated_positive": sizes[1]}
-        wanted = (args.n_associated, args.n_unrelated)
-        small = too_few(
-            tuple(min(len(pool.rows), n) for pool, n in zip(pools, wanted, strict=True)),
-            args.search_epsilon,
-            alpha_slice,
-        )
+        return pools if isinstance(pools, Skipped) else self._too_few([len(pool.rows) for pool in pools])
+
+    def _too_few(self, n_rows: Sequence[int]) -> Skipped | None:
+        wanted = (self.args.n_associated, self.args.n_unrelated)
+        sizes = tuple(min(n, most) for n, most in zip(n_rows, wanted, strict=True))
+        return too_few(sizes, self.args.search_epsilon, self.options.settings.alpha_slice)
+
+    def _search(
+        self,
+        circuit: Circuit,
+        pools: tuple[Pool, Pool],
+        make_answers: MakeAnswers,
+        log: GroupTestLog,
+        advance: Callable[[int], None],
+    ) -> dict[str, Any] | Skipped:
+        """Prepare a rule's datapoints and search its candidates; the rest of its file."""
+        wanted = (self.args.n_associated, self.args.n_unrelated)
+        parts = [rows_to_prepare(pool, n, self.args.n_confirm) for pool, n in zip(pools, wanted, strict=True)]
+        rows = np.concatenate(parts)
+        answers = make_answers(rows)
+        oracle = LoggedOracle(answers, circuit.neurons, rows, log, progress=advance)
+        agrees = np.split(answers.baseline_labels == (self.regime == "positive"), [len(parts[0])])
+        slices = self._assign(circuit, oracle, agrees)
+        small = self._too_few([len(use.search) for use in slices])
         if small is not None:
             return small
-        prepared = [rows_to_prepare(pool, n, args.n_confirm) for pool, n in zip(pools, wanted, strict=True)]
-        answers = make_answers(np.concatenate(prepared))
-        agrees = np.split(answers.baseline_labels == (self.regime == "positive"), [len(prepared[0])])
-        slices = tuple(
-            assign_rows(rows, good, n, args.n_confirm) for rows, good, n in zip(prepared, agrees, wanted, strict=True)
+        findings = RuleSearch(circuit, self.regime, slices, oracle, self.options).run()
+        fill_buckets(self.buckets, findings)
+        self.lines += summary_lines(findings, self.args.search_epsilon)
+        return rule_body(findings, slices, oracle, self.inputs.table, self.args.sampling_strategy)
+
+    def _assign(self, circuit: Circuit, oracle: LoggedOracle, agrees: list[np.ndarray]) -> tuple[SliceUse, SliceUse]:
+        """Say which datapoints are searched on and which confirm, without noisy ones among the former."""
+        args = self.args
+        wanted, starts = (args.n_associated, args.n_unrelated), (0, len(agrees[0]))
+        places = [search_pool(good, n) for good, n in zip(agrees, wanted, strict=True)]
+        noise = np.zeros(sum(map(len, places)))
+        if args.max_noise < 1.0 and len(noise):
+            positions = np.concatenate([start + place for start, place in zip(starts, places, strict=True)])
+            generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
+            noise = noise_rates(oracle, circuit.scores, positions, generator)
+        noisy = np.split(noise > args.max_noise, [len(places[0])])
+        needed = min_datapoints_to_prune(args.search_epsilon, self.options.settings.alpha_slice)
+        first, second = (
+            assign_slice(*part, n, args.n_confirm, needed)
+            for part, n in zip(zip(starts, agrees, places, noisy, strict=True), wanted, strict=True)
         )
-        small = too_few(tuple(len(part.search) for part in slices), args.search_epsilon, alpha_slice)
-        return small or (slices, _Renumbered(answers, np.concatenate(prepared), slices))
+        return first, second
 
-    def _body(
-        self, findings: RuleFindings, slices: tuple[SliceRows, SliceRows], oracle: LoggedOracle
-    ) -> dict[str, Any]:
-        """Keys of a searched rule's file."""
-        accuracy = 1.0 if self.regime == "positive" else 0.0
-        subset = self.inputs.table.subset_rows(self.regime)
-        records = findings.records
-        body: dict[str, Any] = {
-            "status": "ok",
-            "n_associated_tested": len(slices[0].search),
-            "n_unrelated_tested": len(slices[1].search),
-            "baseline_acc_associated": accuracy,
-            "baseline_acc_unrelated": accuracy,
-            "baseline_gap_neg_minus_pos": 0.0,
-        }
-        for side, part in zip(("associated", "unrelated"), slices, strict=True):
-            body[f"sampled_{side}_indices"] = np.searchsorted(subset, part.search)
-            body[f"sampled_{side}_original_idx"] = part.search
-        body |= {"sampling_strategy_used": self.args.sampling_strategy, "ablations": records}
-        body |= {"n_ablation_groups": len(records), "search_cost": findings.cost(), "audit": findings.audit_json()}
-        for side, part in zip(("associated", "unrelated"), slices, strict=True):
-            body[f"confirmation_{side}_original_idx"] = part.confirm
-            body[f"replaced_{side}_original_idx"] = part.rejected
-        neurons = findings.circuit.neurons
-        body["agonists"] = [
-            {"neuron": str(neurons[a.candidate]), "max_effect": a.max_effect, **a.to_json()} for a in findings.agonists
-        ]
-        body["answers_after_ablation"] = {
-            str(neurons[a.candidate]): oracle.answers_of(a.candidate) for a in findings.kept
-        }
-        return body | {"config_fingerprint": self.record.fingerprint}
-
-    def _fill_buckets(self, findings: RuleFindings) -> None:
-        circuit = findings.circuit
-        kept = {agonist.candidate: agonist for agonist in findings.kept}
-        flagged = {agonist.candidate for agonist in findings.agonists if agonist.is_catastrophic}
-        for candidate, record in findings.singles():
-            neuron = circuit.neurons[candidate]
-            compact = {
-                "circuit_id": circuit.circuit_id,
-                "baseline_subset": self.regime,
-                "layer_label": neuron.layer_label,
-                "neuron_id": neuron.index,
-                "max_effect": record["max_effect"],
-                "accuracy_gap": record["accuracy_gap"],
-                "accuracy_on_associated": record["acc_after_knockout_on_associated"],
-                "accuracy_on_unrelated": record["acc_after_knockout_on_unrelated"],
-            }
-            self.buckets.add_single(neuron, compact, is_catastrophic=candidate in flagged)
-            if candidate in kept:
-                self.buckets.add_agonist(neuron, compact | kept[candidate].to_json())
-
-    def _summarise(self, findings: RuleFindings, oracle: LoggedOracle) -> None:
-        """Lines for the terminal: what was found and what it cost."""
-        cost, audit = findings.cost(), findings.audit_json()
-        strong = [a for a in findings.kept if a.confirmed and a.confirmed.rate >= self.args.search_epsilon]
-        line = (
-            f"{findings.circuit.name}: {len(findings.kept)} agonists among {cost['n_candidates']} candidates "
-            f"({len(strong)} flip {self.args.search_epsilon:g} or more of fresh datapoints); {cost['n_tests']} tests, "
-            f"{100 * cost['share_of_single_tests']:.1f} % of the answers that single tests need"
-        )
-        if audit and audit["estimated_recall"] is not None:
-            line += (
-                f"; estimated recall {audit['estimated_recall']:.2f} "
-                f"[{audit['estimated_recall_low']:.2f}, {audit['estimated_recall_high']:.2f}]"
-            )
-        self.lines.append(line)
-        for agonist in sorted(findings.kept, key=lambda a: (-a.observed_rate, a.candidate))[:5]:
-            self.lines.append("    " + _agonist_line(findings.circuit, agonist))
-        if oracle.n_run == 0:
-            self._say(f"{findings.circuit.name}: every test was in the log")
-
-
-def _agonist_line(circuit: Circuit, agonist: Agonist) -> str:
-    side = ("associated", "unrelated")[agonist.side]
-    text = (
-        f"{circuit.neurons[agonist.candidate]} flips {agonist.observed_rate:.2f} of the {side} datapoints searched on"
-    )
-    if agonist.confirmed:
-        text += (
-            f", {agonist.confirmed.rate:.2f} [{agonist.confirmed.low:.2f}, {agonist.confirmed.high:.2f}] of fresh ones"
-        )
-    return text + (" (catastrophic)" if agonist.is_catastrophic else "")
-
-
-def _advance(bar: Iterator[int], n: int) -> None:
-    for _ in range(n):
+    @contextlib.contextmanager
+    def _progress(self, circuit: Circuit) -> Iterator[Callable[[int], None]]:
+        """A bar that counts answers; their number is not known beforehand."""
+        bar = self.report.progress(itertools.count(), unit="answer", desc=circuit.name)
         next(bar)
 
+        def advance(n: int) -> None:
+            for _ in range(n):
+                next(bar)
 
-class _Renumbered:
-    """Answers for datapoints in another order: search rows of both slices, then confirmation rows of both."""
-
-    def __init__(self, answers: FlipAnswers, prepared: np.ndarray, slices: Sequence[SliceRows]) -> None:
-        place = {int(row): number for number, row in enumerate(prepared)}
-        rows = np.concatenate([*(part.search for part in slices), *(part.confirm for part in slices)])
-        self._answers = answers
-        self._numbers = np.array([place[int(row)] for row in rows], dtype=np.int64)
-        self.baseline_labels = answers.baseline_labels[self._numbers]
-
-    def flips_and_answers(self, groups: Sequence, datapoints: Sequence[int]) -> tuple[np.ndarray, Any]:
-        """As `FlipOracle.flips_and_answers`, datapoints renumbered."""
-        return self._answers.flips_and_answers(groups, self._numbers[np.asarray(datapoints, dtype=np.int64)].tolist())
+        yield advance
 
 
 def reference_rows(table: ScoresTable, regime: str, n_points: int, seed: int) -> np.ndarray:

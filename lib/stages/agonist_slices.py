@@ -1,18 +1,24 @@
-"""Which datapoints a rule's search, its confirmation and its spares use: two disjoint pools, drawn in a fixed order."""
+"""Which datapoints a rule's search and its confirmation use: two disjoint slices, drawn in a fixed order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lib.cli import UserError, rng
 from lib.confidence_bounds import min_datapoints_to_prune
+from lib.group_testing import Oracle
 from lib.scores_table import ScoresTable
 from lib.stages.agonist_inputs import Circuit, SamplingPlan
 from lib.text_and_rules import parse_rule
 
 SIDES = ("associated", "unrelated")
+_NOISE_GROUPS = 16
+_NOISE_GROUP_SIZE = 32
+_CANDIDATES_PER_MEMBER = 64
+"""Among few candidates noise groups are smaller, so that they rarely hold an agonist."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +37,17 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class SliceRows:
-    """Rows (`original_idx`) of one slice: searched on, kept fresh for confirmation, and dropped.
+class SliceUse:
+    """What the prepared datapoints of one slice are used for, as positions among all prepared datapoints.
 
-    rejected: rows whose un-ablated answer no longer has the label of the feature table.
+    search: the search looks at these, in this order. confirm: fresh ones. disagreeing: their un-ablated answer no
+    longer has the label of the feature table. noisy: they flip under random groups of weak candidates.
     """
 
     search: np.ndarray
     confirm: np.ndarray
-    rejected: np.ndarray
+    disagreeing: np.ndarray
+    noisy: np.ndarray
 
 
 def pools_of(
@@ -74,7 +82,7 @@ def _inside(circuit: Circuit, table: ScoresTable, rows: np.ndarray) -> np.ndarra
     return covered if circuit.direction in (None, "positive") else ~covered
 
 
-def _planned_rows(entry: dict, side: str, plan: SamplingPlan, table: ScoresTable) -> np.ndarray:
+def _planned_rows(entry: dict[str, Any], side: str, plan: SamplingPlan, table: ScoresTable) -> np.ndarray:
     """Rows of one side of a plan's entry."""
     index_space = table.subset_rows(plan.baseline_subset)
     if plan.dataset_size != len(index_space):
@@ -89,20 +97,56 @@ def _planned_rows(entry: dict, side: str, plan: SamplingPlan, table: ScoresTable
 
 
 def rows_to_prepare(pool: Pool, n_search: int, n_confirm: int) -> np.ndarray:
-    """Rows whose baseline is computed: those needed, and some to replace the ones that no longer answer as recorded."""
-    return pool.rows[: n_search + n_confirm + 8 + n_search // 8]
+    """Rows whose baseline is computed: those needed, and some to take the place of others."""
+    return pool.rows[: n_search + _n_spare(n_search) + n_confirm]
 
 
-def assign_rows(prepared: np.ndarray, agrees: np.ndarray, n_search: int, n_confirm: int) -> SliceRows:
-    """Give prepared rows (in order) to search, then to confirmation; rows that disagree with stage 1 are rejected.
+def _n_spare(n_search: int) -> int:
+    return 8 + n_search // 4
 
-    agrees: the un-ablated label is the regime's, bool [row].
+
+def search_pool(agrees: np.ndarray, n_search: int) -> np.ndarray:
+    """Places of a slice from which its search datapoints are taken: the first that still answer as recorded.
+
+    agrees: the un-ablated label is the regime's, bool [place].
     """
-    good = prepared[agrees]
-    n_used = min(len(good), n_search + n_confirm)
-    last = np.flatnonzero(agrees)[n_used - 1] + 1 if n_used else len(prepared)
-    rejected = prepared[:last][~agrees[:last]]
-    return SliceRows(good[:n_search], good[n_search:n_used], rejected)
+    return np.flatnonzero(agrees)[: n_search + _n_spare(n_search)]
+
+
+def noise_rates(
+    oracle: Oracle, scores: np.ndarray, datapoints: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Share of random groups of weak candidates that flip each datapoint, [datapoint].
+
+    A datapoint that hangs by a hair flips under nearly any group: it tells no candidate from another, and a few such
+    datapoints keep every group from being pruned. Groups come from the half with the lower |attribution|; one that
+    flips most of the datapoints holds an agonist and is left out. scores: attribution [candidate].
+    """
+    weak = np.argsort(np.abs(scores), kind="stable")[: max(1, len(scores) // 2)]
+    size = min(_NOISE_GROUP_SIZE, max(1, len(scores) // _CANDIDATES_PER_MEMBER))
+    drawn = [tuple(np.sort(generator.choice(weak, size, replace=False)).tolist()) for _ in range(_NOISE_GROUPS)]
+    flips = np.asarray(oracle(list(dict.fromkeys(drawn)), datapoints))
+    quiet = flips[flips.mean(axis=1) <= 0.5]
+    return quiet.mean(axis=0) if len(quiet) else np.zeros(len(datapoints))
+
+
+def assign_slice(
+    start: int, agrees: np.ndarray, pool: np.ndarray, is_noisy: np.ndarray, n_search: int, n_confirm: int, n_needed: int
+) -> SliceUse:
+    """Give a slice's places to search and, behind the last of those, to confirmation.
+
+    start: position of the slice's first place. pool, is_noisy: places from which search datapoints are taken, and
+    which of them are noisy, [pool]. Where fewer than `n_needed` are calm, noisy ones are used like the others.
+    Confirmation datapoints are taken as they come: what they say holds for the slice, noisy ones included.
+    """
+    calm = pool[~is_noisy] if (~is_noisy).sum() >= n_needed else pool
+    search = calm[:n_search]
+    last = search[-1] if len(search) else -1
+    good = np.flatnonzero(agrees)
+    confirm = good[good > last][:n_confirm]
+    passed = pool[pool <= last]
+    disagreeing = np.flatnonzero(~agrees[: max(last, *confirm[-1:], -1) + 1])
+    return SliceUse(start + search, start + confirm, start + disagreeing, start + np.setdiff1d(passed, search))
 
 
 def too_few(n_rows: tuple[int, int], epsilon: float, alpha_slice: float) -> Skipped | None:
