@@ -104,6 +104,15 @@ class ChatClient:
                  trace: TracebackType | None) -> None:
         self._cache.close()
 
+    def check(self) -> None:
+        """Fail now if the model cannot be asked at all (no key); a local one is not loaded for this.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.model.provider is not Provider.LOCAL:
+            self._ready_backend()
+
     def ask(self, requests: Sequence[ChatRequest], options: ChatOptions,
             report: Report | None = None) -> list[ChatReply]:
         """Answers in the order of the requests; equal requests are asked once, cached ones not at all.

@@ -66,7 +66,7 @@ def run_stage_2(args: argparse.Namespace, report: Report) -> None:
 
 def _settings(args: argparse.Namespace, task: FeatureTaskSpec, options: FilterOptions) -> dict[str, Any]:
     """What decides the result."""
-    settings = {"task_module": args.task_module, "task_settings": task.settings.to_json(), "seed": args.seed,
+    settings = {"task_module": args.task_module, "task_settings": task.settings.identity(), "seed": args.seed,
                 "filters": asdict(options), "train_ratio": args.train_ratio, "plots": not args.no_plots,
                 "max_prompts": args.max_number_of_prompts_to_analyze, "missing_value": MISSING_VALUE, "llm": None}
     if not args.no_llm:
@@ -119,6 +119,7 @@ def add_proposals(args: argparse.Namespace, frame: pd.DataFrame, task: FeatureTa
         client = stack.enter_context(ChatClient(resolve_chat_model(args.ai_model, args.base_url), args.cache_dir))
         some_rows = sandbox_rows(frame.iloc[np.sort(tried[:N_TRIED_ROWS])], task)
         positive, negative = (prompts[~split.is_test & (labels == code)].tolist() for code in (1, 0))
+        report.line(f"TRAIN prompts are shown to {client.model}")
         proposals = propose(
             client, task, positive, negative, seeds.features,
             lambda feature: sandbox.evaluate(feature.python_src, some_rows).rejection, proposal_options(args),

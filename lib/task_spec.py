@@ -47,13 +47,14 @@ class AnswerScore(NamedTuple):
 # ---------------------------------------------------------------- settings that are flags
 
 def setting(default: Any, help_text: str, *, env: str | None = None, choices: Sequence[str] | None = None,
-            recorded: bool = True) -> Any:
+            identity: bool = True) -> Any:
     """A field of `TaskSettings`: default, help of its flag, environment variable that replaces the default, choices.
 
-    One that only says where something is (a path, a server) is not recorded: it does not make answers another's.
+    `identity=False` is for one that only says where something is (a path, a server): it is recorded, but answers made
+    with another value of it are still the same answers.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, "env": env, "choices": choices,
-                                                        "recorded": recorded})
+                                                        "identity": identity})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,14 @@ class TaskSettings:
         return cls(**{name: hints[name](value) if _is_enum(hints[name]) else value for name, value in values.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """The recorded settings by name, enums by value."""
-        recorded = [field.name for field in dataclasses.fields(self) if field.metadata["recorded"]]
-        values = {name: getattr(self, name) for name in recorded}
+        """All settings by name, enums by value."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide prompts, answers or labels."""
+        places = {field.name for field in dataclasses.fields(self) if not field.metadata["identity"]}
+        return {name: value for name, value in self.to_json().items() if name not in places}
 
 
 def _is_enum(kind: Any) -> bool:
@@ -213,6 +218,10 @@ class FeatureTaskSpec(ABC):
             raise UserError(f"{len(unknown)} of {len(scores)} answers have no label ({unknown[0]}); "
                             "mend the cause and run again")
         return [bool(score.label) for score in scores]
+
+    def mend_labels(self, cache: Any) -> Any | None:
+        """The cache with labels that could not be made before; None if there is nothing to mend or it failed again."""
+        return None
 
     def answer_is_complete(self, text: str) -> bool:
         """True if no further token can change the label of an answer that begins with `text`: decoding may stop."""

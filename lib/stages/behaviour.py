@@ -48,11 +48,14 @@ def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:
     path = answers_record_path(cache_path)
     if not path.is_file():
         return task
-    settings = read_json(path, "record of stage 1")["settings"]
+    record = read_json(path, "record of stage 1")
+    settings = record["settings"]
     if settings["task_module"] != module:
         raise UserError(f"{cache_path} holds answers of the task {settings['task_module']}, not {module}; "
                         "give the same --task_module as in stage 1")
-    return task.configured(task.Settings.from_json(settings["task_settings"]))
+    # The summary also has the settings that only say where things are.
+    values = {**settings["task_settings"], **record.get("summary", {}).get("task_settings", {})}
+    return task.configured(task.Settings.from_json(values))
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,12 @@ class BehaviourCache:
         task = resolve_task_spec(args.task_module)
         task = task.configured(task.Settings.from_arguments(args))
         path = Path(args.prompts_answers_pkl_file)
-        settings = {"task_module": args.task_module, "task_settings": task.settings.to_json(),
+        settings = {"task_module": args.task_module, "task_settings": task.settings.identity(),
                     "model": model_identity(args.ai_model), "dtype": args.dtype, "decoding": "greedy",
                     "seed": args.seed if task.depends_on_seed else None}
-        record = StageRecord(STAGE, settings, task.input_files(), answers_record_path(path))
+        is_archived = path.is_file() and not answers_record_path(path).is_file()
+        inputs = {} if is_archived else task.input_files()
+        record = StageRecord(STAGE, settings, inputs, answers_record_path(path))
         return cls(task, path, record, args.seed)
 
     @property
@@ -118,8 +123,21 @@ class BehaviourCache:
             answers = answer_in_shards([example[self.task.DEFAULT_INPUT] for example in examples], load_model,
                                        self.task.MAX_NEW_TOKENS, batch_size, self.parts_dir, report)
             write_pickle(self.path, self.task.cache_from_answers(examples, answers))
-            self.record.finish([self.path], started=started, summary={"n_prompts": len(examples)})
+            summary = {"n_prompts": len(examples), "task_settings": self.task.settings.to_json()}
+            self.record.finish([self.path], started=started, summary=summary)
             shutil.rmtree(self.parts_dir.parent)
+
+    def mend_labels(self, report: Report) -> None:
+        """Try again what could not be labelled; an archived cache stays as it is."""
+        if self.record.stored() is None:
+            return
+        started = time.time()
+        mended = self.task.mend_labels(read_pickle(self.path, "cache of answers (stage 1)"))
+        if mended is not None:
+            with exclusive(self.path.parent):
+                write_pickle(self.path, mended)
+                self.record.finish([self.path], started=started, summary=self.record.summary())
+            report.line("labels that were missing have been added")
 
     def statistics(self) -> dict[str, Any]:
         """The task's statistics of the labelled answers."""
@@ -193,6 +211,7 @@ def generate_prompts_and_answers(args: argparse.Namespace, report: Report) -> No
                                                cache_dir=args.ai_model_cache_dir), args.batch_size, report)
     else:
         report.line(f"stage 1 is up to date: {cache.path}")
+        cache.mend_labels(report)
     statistics = cache.statistics()
     report.heading("Basic Statistics")
     report.line(json_text(statistics))

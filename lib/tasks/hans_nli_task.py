@@ -59,8 +59,8 @@ class HansSettings(TaskSettings):
     balance_labels: bool = setting(True, "draw as many of each label", env="HANS_BALANCE_LABELS")
     hans_seed: int = setting(-1, "seed of the draw; -1: that of the run", env="HANS_TASK_SEED")
     hans_file: str = setting("", "local file in the HANS format, instead of the download", env="HANS_LOCAL_FILE",
-                             recorded=False)
-    hans_cache_dir: str = setting("./cache/hans", "folder of the download", env="HANS_CACHE_DIR", recorded=False)
+                             identity=False)
+    hans_cache_dir: str = setting("./cache/hans", "folder of the download", env="HANS_CACHE_DIR", identity=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

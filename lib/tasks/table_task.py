@@ -58,7 +58,7 @@ class TableSettings(TaskSettings):
     """Flags of a table task."""
 
     max_new_tokens: int = setting(10, "greedy tokens per answer, here and in every ablation")
-    task_file: str = setting("", "the table: .csv, .tsv, .jsonl, .json or .parquet", recorded=False)
+    task_file: str = setting("", "the table: .csv, .tsv, .jsonl, .json or .parquet", identity=False)
     prompt_col: str = setting("prompt", "column of the prompts")
     answer_col: str = setting("answer", "column of the expected answers")
     feature_cols: str = setting("*", "columns to make features of, separated by commas; *: all others; empty: none")

@@ -195,6 +195,9 @@ def test_stages_1_and_2_on_a_table(tmp_path):
     assert len(table) == 64
     assert {"kind_x", "kind_y"} <= set(table.feature_names)
     assert mine.is_answer_positive(table.records(np.arange(2)), ["yes", "no"]) == [True, False]
-    assert json.loads((tmp_path / "report/task_settings.json").read_text())["settings"].get("task_file") is None
+    assert json.loads((tmp_path / "report/task_settings.json").read_text())["settings"]["task_file"] == str(path)
+    moved = path.rename(tmp_path / "moved.csv")
+    assert run_script("1_generate_prompts_and_answers", [*stage_1, "--task_file", moved]) == 0
+    moved.rename(path)
     path.write_text(path.read_text().replace("yes", "no"))
     assert run_script("1_generate_prompts_and_answers", stage_1) == 2
