@@ -102,6 +102,11 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
         help="ablation of everything outside the circuit when its faithfulness is measured",
     )
     group.add_argument(
+        "--draw_circuits",
+        action="store_true",
+        help="a map of layers by components for each job, and its graph (rendered where Graphviz is installed)",
+    )
+    group.add_argument(
         "--check_units",
         type=int,
         default=24,

@@ -55,6 +55,7 @@ _CIRCUIT_SETTINGS = (
     "include_zero_scores",
     "fallback_to_full_network",
     "check_units",
+    "draw_circuits",
 )
 _SAMPLING_SETTINGS = (
     "task_module",
@@ -218,7 +219,7 @@ class CircuitDiscovery:
                 }
                 write_json(files[0], skipped, indent=4)
             else:
-                self._discover(job, folder)
+                files += self._discover(job, folder)
             record.finish(files)
         return self._manifest_entry(job, folder), [*files, folder / "run_metadata.json"]
 
@@ -275,8 +276,8 @@ class CircuitDiscovery:
         )
         return [Pair(clean, corrupted) for clean, corrupted in zip(*sides, strict=True)]
 
-    def _discover(self, job: PairJob, folder: Path) -> None:
-        """Attribute, choose, evaluate; writes scores.npz, scores.json, eval.json."""
+    def _discover(self, job: PairJob, folder: Path) -> list[Path]:
+        """Attribute, choose, evaluate; writes scores.npz, scores.json, eval.json. Returns pictures, if asked for."""
         args, pairs = self.args, self.pairs(job)
         status, reason = "ok", None
         try:
@@ -302,6 +303,11 @@ class CircuitDiscovery:
             indent=4,
         )
         write_json(folder / "eval.json", self._evaluation(circuit, pairs, job), indent=4)
+        if not args.draw_circuits:
+            return []
+        from lib.eap.drawing import draw_circuit
+
+        return draw_circuit(folder, ScoreTable.from_arrays(self.layout, arrays), circuit, job.label)
 
     def _attribute(self, job: PairJob, pairs: list[Pair]) -> dict[str, np.ndarray]:
         """Score arrays of a job, as stored."""

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lib.artifacts import read_npz
@@ -192,6 +193,19 @@ def test_edges_as_units(world, method):
     assert entry["circuit_edges"]["circuit_edges"] == 20
     stored = read_npz(next((world / "edges" / "is_correct").glob("rule_0_*")) / "scores.npz", "scores")
     assert stored["edges"].shape == (1 + 3 * 5, 3 * 13 + 1)
+
+
+@pytest.mark.parametrize("level", ["neuron", "edge"])
+def test_pictures_on_request(world, level):
+    run_elsewhere(world, "drawn", "--draw_circuits", "--circuit_level", level)
+    folder = next((world / "drawn" / "is_correct").glob("rule_0_*"))
+    for name in ("circuit_map.pdf", "circuit_map.png", "circuit_map.csv", "circuit.dot"):
+        assert (folder / name).stat().st_size > 0
+    table = pd.read_csv(folder / "circuit_map.csv")
+    assert table.n_units.sum() <= 20 and table.component.unique().tolist() == (
+        ["mlp"] if level == "neuron" else ["h0", "h1", "h2", "h3", "mlp"]
+    )
+    assert (folder / "circuit.dot").read_text().startswith("digraph circuit {")
 
 
 def test_signed_ranking_on_request(world):
