@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--rules_dir", default="xai_analyses_results", help="folder for the rules")
     rules = parser.add_argument_group("rules")
     rules.add_argument("--max_conditions", type=positive_int, default=3, help="most conditions in one rule")
-    rules.add_argument("--max_rules", type=positive_int, default=3, help="most rules in the optimal set")
+    rules.add_argument("--max_rules", type=positive_int, default=5, help="most rules in the optimal set")
     rules.add_argument("--inner_folds", type=_folds, default=5, help="folds that choose the size of the rule set")
+    rules.add_argument("--inner_repeats", type=positive_int, default=3, help="times that is done, on different folds")
     rules.add_argument(
         "--rule_alpha",
         type=_share,

@@ -203,7 +203,7 @@ def scored_row(
     }
 
 
-def test_selected_rule(rules: RuleTable, rows: LabelledRows, max_literals: int) -> Rule:
+def best_disjunction(rules: RuleTable, rows: LabelledRows, max_literals: int) -> Rule:
     """The disjunction of TRAIN literals that fits other rows best: optimistic, for comparison with published scopes."""
     target = TargetRows(rows.y)
     bits = [pack(literal.covers(rows.columns)) for literal in rules.literals]
@@ -273,7 +273,7 @@ def _tables(
 def _test_selected_tables(
     folder: Path, target: str, model: RuleSHAP, test: LabelledRows, table: pd.DataFrame, seed: int
 ) -> Iterator[tuple[Path, pd.DataFrame]]:
-    rule = test_selected_rule(model.rules_, test, model.max_literals)
+    rule = best_disjunction(model.rules_, test, model.max_literals)
     row = scored_row(
         combo_row(model, rule, test),
         rule,

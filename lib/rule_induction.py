@@ -36,8 +36,8 @@ class InductionSettings:
     shap_rows: int = 2000
     min_coverage: float = 0.002
     n_candidates: int = 1000
-    n_screened: int = 200
-    n_pool: int = 80
+    n_screened: int = 250
+    n_pool: int = 320
     screen_rows: int = 5000
 
     @property
@@ -175,23 +175,26 @@ def _pool(candidates: CandidateTable, settings: InductionSettings) -> list[Liter
 
 
 def validate(
-    sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, alpha: float
+    sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, n_repeats: int, alpha: float
 ) -> SizeChoice | None:
     """Inner cross-validation of the whole induction; None if a class has too few rows to be split."""
     smallest = int(min(np.count_nonzero(sample.target.positive), np.count_nonzero(~sample.target.positive)))
     if smallest < 2:
         return None
-    folds = stratified_folds(sample.target.positive, min(n_splits, smallest), rng(seed, "folds"))
-    max_cost = settings.limits.max_cost
+    n_costs = settings.limits.max_cost + 1
 
     def fit_path(rows: np.ndarray) -> list[RuleSet]:
         found = induce(sample.rows(rows), settings, derived_seed(seed, "inner fold"))
         return [literals for _, literals in found.path.monotone()]
 
-    predictions = out_of_fold(
-        fit_path, lambda literals, rows: sample.table.rows(rows).rule_mask(literals), folds, max_cost + 1
-    )
-    return choose_size(predictions, sample.target.positive, alpha=alpha, weight=sample.target.weight)
+    def apply(literals: RuleSet, rows: np.ndarray) -> np.ndarray:
+        return sample.table.rows(rows).rule_mask(literals)
+
+    predictions = []
+    for repeat in range(n_repeats):
+        folds = stratified_folds(sample.target.positive, min(n_splits, smallest), rng(seed, "folds", repeat))
+        predictions.append(out_of_fold(fit_path, apply, folds, n_costs))
+    return choose_size(np.stack(predictions), sample.target.positive, alpha=alpha, weight=sample.target.weight)
 
 
 def stratified_rows(positive: np.ndarray, n_rows: int, seed: int) -> np.ndarray:

@@ -41,28 +41,30 @@ def choose_size(
 ) -> SizeChoice:
     """The smallest rule size that predicts unseen rows as well as the best size, up to one standard error.
 
-    predictions: out-of-fold, bool [cost, row], cost 0 all False. The error is that of the *difference* of two pooled
-    correlations on the same rows (influence functions), so it does not drown a literal that covers few rows.
+    predictions: out-of-fold, bool [repeat, cost, row], cost 0 all False. The error is that of the *difference* of two
+    pooled correlations on the same rows (influence functions), so it does not drown a literal that covers few rows.
     """
     weight = np.ones(len(positive)) if weight is None else weight
-    counts = [_counts(fires, positive, weight) for fires in predictions]
+    by_cost = np.swapaxes(predictions, 0, 1)
+    counts = [_counts(repeats, positive, weight) for repeats in by_cost]
     scores = np.array([float(count.mcc) for count in counts])
-    influences = [_influence(fires, positive, weight, count) for fires, count in zip(predictions, counts, strict=True)]
+    influences = [_influence(repeats, positive, weight, count) for repeats, count in zip(by_cost, counts, strict=True)]
     best = int(np.argmax(np.round(scores, 9)))
     chosen = next(
         cost
         for cost in range(best + 1)
         if scores[best] - scores[cost] <= _standard_error(influences[best] - influences[cost]) + 1e-9
     )
-    n_tried = max(1, len(np.unique(predictions[1:], axis=0)) if len(predictions) > 1 else 1)
+    n_tried = max(1, len({fires.tobytes() for fires in by_cost[1:]}))
     p_value = min(1.0, n_tried * float(fisher_p_values(_whole(counts[best])))) if best else 1.0
     if p_value > alpha:
         chosen = 0
     return SizeChoice(scores, best, chosen, p_value, counts[chosen])
 
 
-def _counts(fires: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> RuleScores:
-    return RuleScores(*(float(weight[cell].sum()) for cell in _cells(fires, positive)))
+def _counts(repeats: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> RuleScores:
+    """Counts of predictions [repeat, row], averaged over the repeats."""
+    return RuleScores(*(float((cell.mean(axis=0) * weight).sum()) for cell in _cells(repeats, positive)))
 
 
 def _cells(fires: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -74,14 +76,12 @@ def _whole(counts: RuleScores) -> RuleScores:
     return RuleScores(*(round(count) for count in counts))
 
 
-def _influence(fires: np.ndarray, positive: np.ndarray, weight: np.ndarray, counts: RuleScores) -> np.ndarray:
-    """First-order effect of each row on the MCC, [row]: its gradient by the share of the row's cell."""
+def _influence(repeats: np.ndarray, positive: np.ndarray, weight: np.ndarray, counts: RuleScores) -> np.ndarray:
+    """First-order effect of each row on the MCC, averaged over repeats, [row]: the gradient by its cell's share."""
     shares = np.array(counts) / counts.n
     step = 1e-6
     gradient = [float(RuleScores(*(shares + step * unit)).mcc - RuleScores(*shares).mcc) / step for unit in np.eye(4)]
-    effect = np.zeros(len(positive))
-    for cell, slope in zip(_cells(fires, positive), gradient, strict=True):
-        effect[cell] = slope
+    effect = sum(slope * cell.mean(axis=0) for cell, slope in zip(_cells(repeats, positive), gradient, strict=True))
     return weight / weight.mean() * effect
 
 

@@ -61,6 +61,7 @@ class _RuleSHAPBase(BaseEstimator):
         use_shap_in_xgb: bool = True,
         use_shap_in_lasso: bool = True,
         n_splits: int = 5,
+        n_repeats: int = 1,
         alpha: float = 0.01,
         n_estimators: int = 40,
         max_depth: int = 4,
@@ -78,6 +79,7 @@ class _RuleSHAPBase(BaseEstimator):
         self.use_shap_in_xgb = use_shap_in_xgb
         self.use_shap_in_lasso = use_shap_in_lasso
         self.n_splits = n_splits
+        self.n_repeats = n_repeats
         self.alpha = alpha
         self.n_estimators = n_estimators
         self.max_depth = max_depth
@@ -127,7 +129,9 @@ class _RuleSHAPBase(BaseEstimator):
         searched = stratified_rows(everything.target.positive, self.max_search_rows, seed)
         sample = everything if len(searched) == everything.table.n_rows else everything.rows(searched)
         found = induce(sample, settings, seed)
-        self.validation_: SizeChoice | None = validate(sample, settings, seed, n_splits=self.n_splits, alpha=self.alpha)
+        self.validation_: SizeChoice | None = validate(
+            sample, settings, seed, n_splits=self.n_splits, n_repeats=self.n_repeats, alpha=self.alpha
+        )
         cost = 0 if self.validation_ is None else self.validation_.chosen_cost
         self.reason_ = "" if cost else _why_no_rule(everything, self.validation_, self.alpha)
         if self.require_rule and not cost:
@@ -135,13 +139,12 @@ class _RuleSHAPBase(BaseEstimator):
         path = [literals for _, literals in found.path.monotone()]
         if sample is not everything:
             search = RuleSearch(everything.table, everything.target, SearchLimits(bank_cuts=0))
-            path[cost] = search.refined(path[cost])
+            path[cost] = search.centred(search.refined(path[cost]))
         path = [tuple(sorted(literals, key=lambda literal: _rank_of(literal, everything))) for literals in path]
         self.path_: list[Rule] = [everything.table.rule(literals) for literals in path]
         self.rule_: Rule = self.path_[cost]
         self.explanation_: Explanation | None = found.shap
         self.rules_: RuleTable = _rule_table(found.candidates.including(path[cost]), everything, found.shap)
-        self.reason_ = "" if cost else _why_no_rule(everything, self.validation_, self.alpha)
         self.feature_importances_ = _importances(found, everything.table.n_features)
         return self._covers(features)
 
@@ -162,7 +165,7 @@ class RuleSHAP(ClassifierMixin, _RuleSHAPBase):
         max_conditions: most conditions per literal. max_literals: most literals (disjuncts) of the rule.
         use_shap_in_xgb: grow a second set of trees whose features are drawn in proportion to their SHAP importance.
         use_shap_in_lasso: divide the L1 penalty of a candidate by the SHAP importance of its features.
-        n_splits: folds of the inner cross-validation that chooses the rule's size.
+        n_splits, n_repeats: folds of the inner cross-validation that chooses the rule's size, and how often it is done.
         alpha: a rule is reported only if its out-of-fold agreement has a smaller p-value.
         n_estimators, max_depth, learning_rate: of the boosted trees.
         unique_rows_in_shap: explain distinct (features, target) rows only. fast_shap: Saabas' path attribution.
@@ -235,6 +238,7 @@ class RuleSHAPRegressor(RegressorMixin, _RuleSHAPBase):
         use_shap_in_xgb: bool = True,
         use_shap_in_lasso: bool = True,
         n_splits: int = 5,
+        n_repeats: int = 1,
         alpha: float = 0.01,
         n_estimators: int = 40,
         max_depth: int = 4,
@@ -253,6 +257,7 @@ class RuleSHAPRegressor(RegressorMixin, _RuleSHAPBase):
             use_shap_in_xgb=use_shap_in_xgb,
             use_shap_in_lasso=use_shap_in_lasso,
             n_splits=n_splits,
+            n_repeats=n_repeats,
             alpha=alpha,
             n_estimators=n_estimators,
             max_depth=max_depth,

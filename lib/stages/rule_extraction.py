@@ -178,6 +178,7 @@ class TargetExtraction:
             use_shap_in_xgb=args.use_shap_in_xgb,
             use_shap_in_lasso=args.use_shap_in_lasso,
             n_splits=args.inner_folds,
+            n_repeats=args.inner_repeats,
             alpha=args.rule_alpha,
             unique_rows_in_shap=args.only_unique_datapoints_in_shap,
             fast_shap=args.fast_shap_estimate,
