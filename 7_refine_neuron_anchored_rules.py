@@ -122,9 +122,7 @@ def _add_intervention_arguments(parser: argparse.ArgumentParser) -> None:
         default="answer",
         help="with --decode_only: from the last prompt token, or (as published) from the first generated token",
     )
-    group.add_argument(
-        "--n_random_neurons", type=int, default=16, help="random neurons of the same layers: noise floor"
-    )
+    group.add_argument("--n_random_neurons", type=int, default=8, help="random neurons of the same layers: noise floor")
     group.add_argument("--joint_ablation", action="store_true", help="also ablate all candidates at once")
     group.add_argument("--n_joint_controls", type=positive_int, default=3, help="random groups beside it")
     group.add_argument("--memory_mb", type=positive_int, default=700, help="working memory of the ablation engine")

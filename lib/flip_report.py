@@ -25,7 +25,7 @@ _DIRECTION = {FlipTarget.ANY: "flips", FlipTarget.C2I: "loses", FlipTarget.I2C: 
 def anchored_rules(
     rules: pd.DataFrame, table: FlipTable, scores: ScoresTable, cut: QualityCut, answers: AnswerLog | None
 ) -> pd.DataFrame:
-    """One row per neuron with a rule on held-out rows, best first: badge, high quality, lower bound of MCC, MCC.
+    """One row per neuron with a rule on held-out rows, best first: badge, high quality, gain, lower bound of MCC.
 
     answers: stored answers to the table's rows, for the examples; None for no examples.
     """
@@ -68,10 +68,13 @@ def anchored_rules(
                 **_example(rule["expression"], place, target, table, scores, columns, answers),
             }
         )
-    frame = pd.DataFrame(rows)
-    return frame.sort_values(
-        ["badge", "high_quality", "MCC_low95", "MCC"], ascending=False, kind="stable", na_position="last"
-    ).reset_index(drop=True)
+    frame = pd.DataFrame(rows).assign(gains=lambda table: table["MCC_gain"] > 0)
+    order = ["badge", "high_quality", "gains", "MCC_low95", "MCC"]
+    return (
+        frame.sort_values(order, ascending=False, kind="stable", na_position="last")
+        .drop(columns="gains")
+        .reset_index(drop=True)
+    )
 
 
 def _display(expression: str, columns: Mapping[str, np.ndarray]) -> str:

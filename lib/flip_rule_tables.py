@@ -138,7 +138,8 @@ def _columns() -> list[str]:
 
 
 def _metric_row(run: RuleRun, rank: int, neuron: Neuron, target: FlipTarget, scope: str, path: Path) -> dict[str, Any]:
-    stored = read_csv(path, "rule file (stage 7)").iloc[0]
+    # A rule that never fires is written FALSE, which would be read as a truth value.
+    stored = read_csv(path, "rule file (stage 7)", dtype={"expression": str}).iloc[0]
     computed_on = scope if scope in (TRAIN, ALL_FIT) else str(stored.get("computed_on", scope))
     row: dict[str, Any] = {
         "rule_target_dir": run.policy,
@@ -180,11 +181,18 @@ def rule_lengths(expression: str) -> dict[str, int]:
 
 
 def _chosen_on_train(frame: pd.DataFrame) -> np.ndarray:
-    """Mask [row] of the target with the best cross-validated (else plain) MCC on TRAIN, per neuron, in every scope."""
+    """Mask [row] of the target that speaks for its neuron, in every scope; TRAIN alone decides.
+
+    First come targets whose rule beats the rule that only knows the baseline label, then higher cross-validated (in
+    older files: plain) MCC. Otherwise a neuron that breaks everything would speak through "it was right before".
+    """
     train = frame[frame["score_scope"] == TRAIN]
     score = train["inner_cv_MCC"].astype(float).fillna(train["MCC"].astype(float))
-    best = train.assign(score=score).sort_values("score", ascending=False, kind="stable", na_position="last")
-    chosen = set(best.drop_duplicates("neuron_key")["flip_target"])
+    gains = score > train["baseline_rule_MCC"].astype(float).fillna(0.0)
+    order = train.assign(gains=gains, score=score).sort_values(
+        ["gains", "score"], ascending=False, kind="stable", na_position="last"
+    )
+    chosen = set(order.drop_duplicates("neuron_key")["flip_target"])
     return frame["flip_target"].isin(chosen).to_numpy()
 
 

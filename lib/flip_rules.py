@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.artifacts import StageRecord, read_csv, text_digest, write_csv
 from lib.cli import derived_seed, rng
-from lib.flip_metrics import BaselineRule, choose_baseline_rule, honest_scores
+from lib.flip_metrics import BaselineRule, choose_baseline_rule, honest_scores, mcc_of
 from lib.flip_rule_tables import ALL_FIT, TEST, TRAIN
 from lib.flip_targets import FlipTarget, MinimumCounts
 from lib.neurons import Neuron
@@ -175,6 +175,10 @@ class NeuronFit:
         )
         baseline = {TRAIN: self.problem.baseline[train_rows], TEST: self.problem.baseline[test_rows]}
         chosen = choose_baseline_rule(train.y, baseline[TRAIN])
+        known = mcc_of(chosen.fires(baseline[TRAIN]), train.y)
+        add_columns(
+            self.folder / f"rule_combo_train_{column}.csv", {"baseline_rule": chosen.value, "baseline_rule_MCC": known}
+        )
         add_columns(
             self.folder / f"rule_combo_{column}.csv", self._honest(target, TEST, model, test, baseline[TEST], chosen)
         )

@@ -89,6 +89,22 @@ def test_q_values_count_one_test_per_neuron(tmp_path):
     assert set(tested["score_scope"]) == {"test"}
 
 
+def test_a_target_that_only_knows_the_baseline_does_not_speak_for_its_neuron(tmp_path):
+    # The neuron breaks every right answer: "any" scores 0.95 on TRAIN, but "was right before" scores 1.0 there.
+    for scope in ("train", "test"):
+        _rule_file(tmp_path, NEURONS[0], FlipTarget.ANY, scope, MCC=0.95, baseline_rule_MCC=1.0)
+        _rule_file(tmp_path, NEURONS[0], FlipTarget.C2I, scope, MCC=0.4, baseline_rule_MCC=0.0)
+    rules = collect_rules(RuleRun(tmp_path, POLICY, NEURONS[:1]), QualityCut())
+    assert best_per_neuron(rules, "test", QualityCut())["flip_target"].tolist() == ["flip_c2i_m5_1"]
+
+
+def test_a_rule_that_never_fires_stays_text(tmp_path):
+    _rule_file(tmp_path, NEURONS[0], FlipTarget.ANY, "train", expression="FALSE")
+    rules = collect_rules(RuleRun(tmp_path, POLICY, NEURONS[:1]), QualityCut())
+    assert rules["expression"].tolist() == ["FALSE"]
+    assert rules["rule_len_atoms"].tolist() == [0]
+
+
 def test_rules_of_other_policies_and_neurons_stay_out(tmp_path):
     run = _files(tmp_path)
     other = tmp_path / "is_correct_mean_decode_only" / "m5_1" / "rule_combo_flip_m5_1.csv"

@@ -130,7 +130,7 @@ def test_controls_and_joint_ablation(finished):
     stats = finished["rules"] / "stats" / "run"
     controls = json.loads((stats / "flip_stats_global.json").read_text())["controls"]
     assert controls["no_op"] == {"n_changed_answers": 0, "n_flips": 0}
-    assert controls["random_neurons"]["n_neurons"] == 16
+    assert controls["random_neurons"]["n_neurons"] == 8
     assert controls["random_neurons"]["max_flip_any_rate"] == 0.0
     joint = json.loads((stats / "joint_ablation.json").read_text())
     together = PLANTED["m1:3"](FRAME) | PLANTED["m2:5"](FRAME) | NOISE
@@ -167,8 +167,8 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path, finished, capsys):
     paths = write_world(tmp_path, FRAME, EFFECTS)
     made = []
     assert _run(paths, "--dry_run", "--joint_ablation", made=made) == 0
-    # 3 candidates, 16 random neurons, the no-op edit, all at once and 3 controls; 500 prompts.
-    assert "24 ablations x 500 prompts; 12000 answers are not stored yet" in capsys.readouterr().out
+    # 3 candidates, 8 random neurons, the no-op edit, all at once and 3 controls; 500 prompts.
+    assert "16 ablations x 500 prompts; 8000 answers are not stored yet" in capsys.readouterr().out
     assert not made and not paths["rules"].exists()
     assert _run(finished, "--dry_run", "--joint_ablation", made=made) == 0
     assert "; 0 answers are not stored yet" in capsys.readouterr().out
