@@ -112,8 +112,8 @@ def area_under_curve(scores: np.ndarray, is_positive: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ai_model", default=DEFAULT_MODEL)
-    parser.add_argument("--n_units", type=int, default=1200)
-    parser.add_argument("--n_pairs", type=int, default=32)
+    parser.add_argument("--n_units", type=int, default=1000)
+    parser.add_argument("--n_pairs", type=int, default=24)
     parser.add_argument("--quick", action="store_true", help="200 units, 8 pairs")
     args = parser.parse_args()
     if args.quick:

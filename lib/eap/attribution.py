@@ -12,7 +12,7 @@ import torch
 from lib.cli import UserError
 from lib.eap.changes import prepare
 from lib.eap.metrics import Yardstick
-from lib.eap.pairs import Pair, PairBatch, batches
+from lib.eap.pairs import Pair, PairBatch, for_each_batch
 from lib.eap.runs import Activations, Observation, Watch, answer_logits, mlp_norm, run
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores
 from lib.interventions import ReplacementTable
@@ -44,7 +44,7 @@ def attribute_neurons(
     *,
     batch_size: int,
     table: ReplacementTable | None = None,
-    progress: Iterable[int] | None = None,
+    progress: Iterable[int] = (),
 ) -> NeuronScores:
     """Scores of all MLP-write (and head-write) coordinates, summed over the pairs.
 
@@ -60,13 +60,14 @@ def attribute_neurons(
         settings.method, input_path_scores
     )
     scores = NeuronScores.empty(language_model, settings.with_heads)
-    ticks = iter(progress or ())
-    for batch in batches(pairs, batch_size, language_model.pad_token_id):
-        one_batch(language_model, batch.to(language_model.device), settings, table, scores)
-        scores.n_pairs += batch.n_pairs
-        for _ in batch.numbers:
-            next(ticks, None)
-    next(ticks, None)
+
+    def work(batch: PairBatch) -> None:
+        own = NeuronScores.empty(language_model, settings.with_heads)
+        one_batch(language_model, batch, settings, table, own)
+        own.n_pairs = batch.n_pairs
+        scores.merge(own)
+
+    for_each_batch(pairs, batch_size, language_model, work, progress)
     return scores
 
 

@@ -17,7 +17,7 @@ from lib.eap.attribution import check_settings, clean_yardstick
 from lib.eap.changes import Changes, prepare
 from lib.eap.circuits import Layout
 from lib.eap.metrics import Yardstick
-from lib.eap.pairs import Pair, PairBatch, batches
+from lib.eap.pairs import Pair, PairBatch, for_each_batch
 from lib.eap.runs import Frame, Observation, Watch, answer_logits, run
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method
 from lib.eap.split_inputs import READERS, split_inputs, ungrouped
@@ -33,7 +33,11 @@ class EdgeScores:
 
     signed: np.ndarray
     magnitude: np.ndarray
-    n_pairs: int = 0
+
+    @classmethod
+    def empty(cls, layout: Layout) -> EdgeScores:
+        """No pairs yet."""
+        return cls(np.zeros((layout.n_rows, layout.n_columns)), np.zeros((layout.n_rows, layout.n_columns)))
 
     def add(self, values: torch.Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> None:
         """Add scores of some pairs, [pair, row, column]."""
@@ -54,21 +58,21 @@ def attribute_edges(
     *,
     batch_size: int,
     table: ReplacementTable | None = None,
-    progress: Iterable[int] | None = None,
+    progress: Iterable[int] = (),
 ) -> EdgeScores:
     """Scores of all edges, summed over the pairs. Without heads: edges among the input, MLPs and logits only."""
     check_settings(settings)
     if settings.gradient_site is GradientSite.MLP_IN:
         raise UserError("--mlp_grad_site mlp_in is about neurons and nodes; an edge's gradient is taken where it ends")
-    scores = EdgeScores(np.zeros((layout.n_rows, layout.n_columns)), np.zeros((layout.n_rows, layout.n_columns)))
-    ticks = iter(progress or ())
-    for cpu_batch in batches(pairs, batch_size, language_model.pad_token_id):
-        batch = EdgeBatch(language_model, cpu_batch.to(language_model.device), settings, layout, table)
-        batch.score(scores)
-        scores.n_pairs += cpu_batch.n_pairs
-        for _ in cpu_batch.numbers:
-            next(ticks, None)
-    next(ticks, None)
+    scores = EdgeScores.empty(layout)
+
+    def work(batch: PairBatch) -> None:
+        own = EdgeScores.empty(layout)
+        EdgeBatch(language_model, batch, settings, layout, table).score(own)
+        scores.signed += own.signed
+        scores.magnitude += own.magnitude
+
+    for_each_batch(pairs, batch_size, language_model, work, progress)
     exists = layout.edges()
     scores.signed[~exists] = 0.0
     scores.magnitude[~exists] = 0.0

@@ -11,7 +11,7 @@ import torch
 from lib.eap.changes import first_column, prepare_table, replaced_columns, table_values
 from lib.eap.circuits import Layout
 from lib.eap.metrics import Metric, TokenAggregation, Yardstick
-from lib.eap.pairs import Pair, PairBatch, batches
+from lib.eap.pairs import Pair, PairBatch, for_each_batch
 from lib.eap.runs import AttentionEdit, Edit, Observation, Watch, answer_logits, observe, run
 from lib.eap.scores import AttributionIntervention, AttributionSettings
 from lib.interventions import ReplacementTable
@@ -91,7 +91,7 @@ def evaluate_circuit(
     batch_size: int,
     table: ReplacementTable | None,
     of_edges: bool = False,
-    progress: Iterable[int] | None = None,
+    progress: Iterable[int] = (),
 ) -> Faithfulness:
     """Run every pair's clean side three times: untouched, with all candidates ablated, with all but the circuit.
 
@@ -103,17 +103,16 @@ def evaluate_circuit(
     nothing = keep._replace(mask=torch.zeros_like(keep.mask), embedding=keep.embedding and not keep.with_heads)
     collected: list[list[RunQuality]] = [[], [], []]
     numbers: list[int] = []
-    ticks = iter(progress or ())
-    for cpu_batch in batches(pairs, batch_size, language_model.pad_token_id):
-        batch = cpu_batch.to(language_model.device)
-        kind = EdgeEvaluation if of_edges else BatchEvaluation
+    kind = EdgeEvaluation if of_edges else BatchEvaluation
+
+    def work(batch: PairBatch) -> None:
         evaluation = kind(language_model, batch, layout, settings, table, keep.with_heads)
-        for runs, kept in zip(collected, (None, nothing, keep), strict=True):
-            runs.append(evaluation.quality(kept))
-        numbers += batch.numbers
-        for _ in batch.numbers:
-            next(ticks, None)
-    next(ticks, None)
+        qualities = [evaluation.quality(kept) for kept in (None, nothing, keep)]
+        for runs, quality in zip(collected, qualities, strict=True):
+            runs.append(quality)
+        numbers.extend(batch.numbers)
+
+    for_each_batch(pairs, batch_size, language_model, work, progress)
     order = np.argsort(numbers)
     joined = (RunQuality(*(np.concatenate(parts)[order] for parts in zip(*runs, strict=True))) for runs in collected)
     return Faithfulness(*joined)

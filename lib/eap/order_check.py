@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.eap.circuits import ScoreTable
 from lib.eap.exact import ExactRuns
-from lib.eap.pairs import Pair, batches
+from lib.eap.pairs import Pair, PairBatch, for_each_batch
 from lib.eap.scores import AttributionSettings
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
@@ -43,14 +43,17 @@ def ablation_effects(
     by_component: dict[str, list[int]] = {}
     for number, (label, _) in enumerate(units):
         by_component.setdefault(label, []).append(number)
-    for cpu_batch in batches(pairs, batch_size, language_model.pad_token_id):
-        runs = ExactRuns(language_model, cpu_batch.to(language_model.device), settings, table)
+
+    def work(batch: PairBatch) -> None:
+        runs = ExactRuns(language_model, batch, settings, table)
         for label, numbers in by_component.items():
             layer, head = parse_label(label)
             kind = "mlp" if head is None else "attention"
             change = runs.changes.mlp[layer] if head is None else runs.changes.head(language_model, layer, head)
             found = runs.coordinate_effects(kind, layer, change, [units[number][1] for number in numbers])
-            effects[np.ix_(numbers, cpu_batch.numbers)] = found.cpu().numpy()
+            effects[np.ix_(numbers, batch.numbers)] = found.cpu().numpy()
+
+    for_each_batch(pairs, batch_size, language_model, work)
     return effects
 
 

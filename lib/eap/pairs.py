@@ -7,11 +7,13 @@ its column are each other's counterpart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from lib.cli import UserError
 
 if TYPE_CHECKING:
     from lib.modeling_and_ablation import LanguageModel
@@ -127,8 +129,21 @@ def make_batch(pairs: Sequence[Pair], numbers: Sequence[int], pad_token_id: int)
     return PairBatch(list(numbers), ids, is_real, positions, border)
 
 
-def batches(pairs: Sequence[Pair], batch_size: int, pad_token_id: int) -> Iterator[PairBatch]:
-    """All pairs in batches of similar length, so that little is padded."""
+def for_each_batch(
+    pairs: Sequence[Pair],
+    batch_size: int,
+    language_model: LanguageModel,
+    work: Callable[[PairBatch], None],
+    progress: Iterable[int] = (),
+) -> None:
+    """Call `work` on batches (on the model's device) that together hold every pair once, similar lengths together.
+
+    A batch that does not fit into memory is halved, as are all later ones: `work` must change nothing before it has
+    everything. progress: iterated once per finished pair.
+
+    Raises:
+        UserError: a single pair does not fit into memory.
+    """
 
     def shape(number: int) -> tuple[int, ...]:
         pair = pairs[number]
@@ -141,5 +156,21 @@ def batches(pairs: Sequence[Pair], batch_size: int, pad_token_id: int) -> Iterat
         )
 
     order = sorted(range(len(pairs)), key=shape)
-    for start in range(0, len(order), batch_size):
-        yield make_batch(pairs, order[start : start + batch_size], pad_token_id)
+    ticks = iter(progress)
+    start = 0
+    while start < len(order):
+        numbers = order[start : start + batch_size]
+        try:
+            work(make_batch(pairs, numbers, language_model.pad_token_id).to(language_model.device))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if len(numbers) == 1:
+                raise UserError(
+                    "one pair of prompts does not fit into memory; use a smaller model or --dtype bfloat16"
+                ) from error
+            batch_size = (len(numbers) + 1) // 2
+            continue
+        start += len(numbers)
+        for _ in numbers:
+            next(ticks, None)
+    # A progress bar closes when it is exhausted.
+    next(ticks, None)

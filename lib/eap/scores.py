@@ -133,6 +133,15 @@ class NeuronScores:
         shape = (language_model.n_layers, n_heads, language_model.d_model, language_model.device)
         return cls(WriteTable.filled(0.0, *shape), WriteTable.filled(0.0, *shape))
 
+    def merge(self, other: NeuronScores) -> None:
+        """Add the scores of further pairs."""
+        for own, new in ((self.signed, other.signed), (self.magnitude, other.magnitude)):
+            own.mlp += new.mlp
+            own.embedding += new.embedding
+            if own.heads is not None:
+                own.heads += new.heads
+        self.n_pairs += other.n_pairs
+
     def add_mlp(self, layer: int, values: torch.Tensor) -> None:
         """Add an MLP's scores of some pairs, [pair, d_model]."""
         self.signed.mlp[layer] += values.double().sum(dim=0)

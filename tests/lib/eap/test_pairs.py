@@ -1,6 +1,11 @@
 """Spans and alignment in token ids."""
 
-from lib.eap.pairs import AnsweredPrompt, Pair, make_batch, sequences
+import pytest
+import torch
+
+from lib.cli import UserError
+from lib.eap.pairs import AnsweredPrompt, Pair, for_each_batch, make_batch, sequences
+from tests.lib.eap.cases import mixed_pairs
 from tests.models import tiny_model
 
 
@@ -64,3 +69,33 @@ def test_identical_columns_end_at_the_first_difference():
     same = AnsweredPrompt((5, 6, 7), (8,))
     batch = make_batch([Pair(same, AnsweredPrompt((5, 6, 9), (8,))), Pair(same, same)], [0, 1], pad_token_id=3)
     assert batch.n_identical_columns() == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_batches_that_do_not_fit_are_halved(error):
+    lm = tiny_model("llama")
+    done, ticks = [], []
+
+    def work(batch):
+        if batch.n_pairs > 2:
+            raise error
+        done.append(batch.numbers)
+
+    def count():
+        for number in range(4):
+            ticks.append(number)
+            yield number
+
+    for_each_batch(mixed_pairs(lm), 8, lm, work, count())
+    assert sorted(number for numbers in done for number in numbers) == [0, 1, 2, 3]
+    assert [len(numbers) for numbers in done] == [2, 2] and len(ticks) == 4
+
+
+def test_a_pair_that_does_not_fit_is_an_error_for_people():
+    lm = tiny_model("llama")
+
+    def work(batch):
+        raise MemoryError
+
+    with pytest.raises(UserError, match="does not fit into memory"):
+        for_each_batch(mixed_pairs(lm), 4, lm, work)
