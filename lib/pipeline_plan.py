@@ -15,6 +15,8 @@ POINTS_PER_ABLATION = 64
 MEAN_POINTS = 256
 DONOR_MEAN_POINTS = 2048
 SAMPLING_MAX_POINTS = 10_000
+# Stage 5 evaluates without single donors: it uses the mean of the same kind.
+WITHOUT_DONOR = {"mean-donor": "mean", "mean-donor-positional": "mean-positional", "resample": "mean-positional"}
 RULES_PREFIX = "optimal_rule_set"
 
 
@@ -153,8 +155,8 @@ class PipelinePlan:
             "--output_data_dir", str(self.paths.circuits_dir), "--cache_dir", str(self.paths.model_cache_dir),
             "--method", METHOD, "--intervention", "patching", "--circuit_level", args.circuit_level,
             "--circuit_size", str(args.circuit_size), "--absolute_value_attributions",
-            # Stage 5 has no single donor: its evaluation uses the mean of the same kind.
-            "--eval_intervention", args.eval_intervention.replace("-donor", ""), *self._mean_points(),
+            "--eval_intervention", WITHOUT_DONOR.get(args.eval_intervention, args.eval_intervention),
+            *self._mean_points(),
             "--temporal_agg", "mean", "--max_pairs_per_circuit", str(POINTS_PER_CIRCUIT),
             "--max_n_of_rules_to_analyze", str(args.max_number_of_circuits_to_analyze), *sampling, *flags])
 

@@ -85,14 +85,22 @@ def _agonists(paths: RunPaths) -> list[str]:
         folder = paths.regime_dir(regime)
         found = read_json(folder / "neuron_buckets.json", "agonists (stage 6)").get("non_catastrophic_agonists", {})
         circuits = read_json(folder / "rule_knockout.json", "tested groups (stage 6)")
-        tests = sum(circuit.get("n_ablation_groups") or 0 for circuit in circuits)
-        analysed = sum(circuit.get("status") == "ok" for circuit in circuits)
-        lines.append(f"{regime} baseline ({REGIME_MEANING[regime]}): {len(found)} agonists, {tests:,} groups tested "
-                     f"in {analysed} of {len(circuits)} rules")
+        lines.append(f"{regime} baseline ({REGIME_MEANING[regime]}): {len(found)} agonists")
         for circuit in circuits:
-            if circuit.get("status") != "ok":
-                lines.append(f"    rule {circuit.get('circuit_id')} was skipped: {circuit.get('reason')}")
+            lines.append(f"    {'rule' if circuit.get('cluster_index') is None else 'cluster'} "
+                         f"{circuit.get('circuit_id')}: {_search_cost(circuit)}")
     return lines
+
+
+def _search_cost(circuit: dict[str, Any]) -> str:
+    """How many groups were tested for one rule or cluster; older files know less."""
+    if circuit.get("status") != "ok":
+        return f"skipped, {circuit.get('reason')}"
+    cost = circuit.get("search_cost")
+    if not cost:
+        return f"{circuit.get('n_ablation_groups', 0):,} group tests"
+    return (f"{cost['n_tests']:,} group tests for {cost['n_candidates']:,} candidates, "
+            f"{_percent(cost['share_of_single_tests'])} of the work of testing each alone")
 
 
 def _flips(paths: RunPaths) -> list[str]:

@@ -77,7 +77,7 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
     "--incorrect_rules --slow_anchoring --include_zero_scores --ai_model_cache_dir weights",
     "--spectral_splits --max_number_of_circuits_to_analyze 1 --decode_only",
     "--feature_model openai:some-model --base_url http://localhost:8000/v1", "--no_llm",
-    "--circuit_level node --eval_intervention mean-donor",
+    "--circuit_level edge --eval_intervention resample", "--circuit_level node --eval_intervention mean-donor",
 ])
 def test_every_stage_accepts_its_command(argv, monkeypatch):
     class Parsed(Exception):
