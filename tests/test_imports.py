@@ -24,3 +24,15 @@ importlib.import_module(sys.argv[1])
 def test_imports_without_torch(module):
     result = subprocess.run([sys.executable, "-c", BLOCK_TORCH, module], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["agonist_search", "behaviour", "flip_anchoring", "rule_extraction", "sampling_plan"]
+)
+def test_a_stage_that_is_up_to_date_needs_no_torch(module):
+    # A second run of the pipeline only compares digests; importing torch or xgboost for that would take longer.
+    code = f"import sys, lib.stages.{module}; print(sorted({{'torch', 'xgboost', 'sklearn'}} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"

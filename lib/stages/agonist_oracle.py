@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lib.ablation_engine import AblatedAnswers
 from lib.group_test_log import CHANGED, FLIPPED, UNCHANGED, UNKNOWN, GroupTestLog, group_name, neuron_code
 from lib.neurons import Neuron
+
+if TYPE_CHECKING:
+    from lib.ablation_engine import AblatedAnswers
 
 _EVALUATIONS_PER_CALL = 4096
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,11 @@ from lib.rule_files import LabelledRows, selected_indices, write_rules
 from lib.rule_induction import Sample, distinct_rows
 from lib.rule_metrics import bootstrap_interval, rule_scores
 from lib.rule_report import TargetFindings, summary_markdown
-from lib.ruleshap import RuleSHAP
 from lib.scores_table import ScoresTable, load_scores, sanitize_label
 from lib.task_spec import resolve_task_spec
+
+if TYPE_CHECKING:
+    from lib.ruleshap import RuleSHAP
 
 _NOT_SETTINGS = {"features_scores_dir", "rules_dir", "force", "quiet"}
 _FAKE = "_fake"
@@ -171,6 +173,8 @@ class TargetExtraction:
 
     def fit(self, rows: LabelledRows, scope: str, *, explain: bool) -> RuleSHAP:
         """The estimator on some rows."""
+        from lib.ruleshap import RuleSHAP
+
         args = self.args
         model = RuleSHAP(
             max_conditions=args.max_conditions,

@@ -17,11 +17,11 @@ from lib.cli import Report, UserError, rng
 from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
 from lib.scores_table import ScoresTable, load_scores
-from lib.stages.prompt_space import PromptSpace
 from lib.task_spec import resolve_task_spec
 from lib.text_and_rules import StoredRule, load_rules, rule_file_path
 
 if TYPE_CHECKING:
+    from lib.stages.prompt_space import PromptSpace
     from lib.task_spec import FeatureTaskSpec
 
 PLAN_SCHEMA_VERSION = 2
@@ -131,6 +131,8 @@ class SamplingPlanner:
     @cached_property
     def space(self) -> PromptSpace:
         """The prompts as the model sees them."""
+        from lib.stages.prompt_space import PromptSpace
+
         return PromptSpace(self.args, self.table, self.report)
 
     @cached_property
