@@ -109,10 +109,13 @@ def main() -> None:
         (*case, not args.no_baselines)
         for case in itertools.product(args.families, args.rows, args.features, args.noise, range(args.seeds))
     ]
+    results = pd.DataFrame()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        results = pd.DataFrame([row for rows in pool.imap(measure, cases) for row in rows])
-    if args.csv:
-        results.to_csv(args.csv, index=False)
+        for rows in pool.imap(measure, cases):
+            results = pd.concat([results, pd.DataFrame(rows)], ignore_index=True)
+            if args.csv:
+                # After each problem: a long run can be watched, and what is done is kept.
+                results.to_csv(args.csv, index=False)
     keys = ["family", "rows", "features", "noise", "learner"]
     means = results.groupby(keys, sort=False)[["exact", "mcc", "literals", "conditions", "seconds", "cpu"]].agg(
         lambda column: column.astype(float).mean()

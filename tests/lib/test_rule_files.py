@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.rule_files import LabelledRows, rule_table_frame, selected_indices, best_disjunction, write_rules
+from lib.rule_files import LabelledRows, best_disjunction, rule_table_frame, selected_indices, write_rules
 from lib.rule_metrics import rule_scores
 from lib.ruleshap import RuleSHAP
 from lib.text_and_rules import Rule, load_rules, parse_rule

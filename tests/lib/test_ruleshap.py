@@ -183,10 +183,10 @@ def test_regressor_finds_the_upper_tail():
 
 @parametrize_with_checks(
     [RuleSHAP(n_estimators=8, n_splits=2, alpha=0.5), RuleSHAPRegressor(n_estimators=8, n_splits=2)],
-    expected_failed_checks=lambda model: {
-        name: "the inner folds split weighted and repeated rows differently"
-        for name in ("check_sample_weight_equivalence_on_dense_data", "check_sample_weight_equivalence_on_sparse_data")
-    },
+    expected_failed_checks=lambda model: dict.fromkeys(
+        ("check_sample_weight_equivalence_on_dense_data", "check_sample_weight_equivalence_on_sparse_data"),
+        "the inner folds split weighted and repeated rows differently",
+    ),
 )
 def test_scikit_learn_contract(estimator, check):
     check(estimator)
@@ -259,7 +259,7 @@ def test_candidates_with_the_same_rows_appear_once_and_shortest():
     a, b = Atom(0, True, 0), Atom(1, True, 0)
     against = Atom(1, False, 0)
     found = scored_candidates(
-        {atoms: (1.0, 1.0) for atoms in [(a, b), (a,), (b,), (against,)]}, table, target, min_rows=1, limit=10
+        dict.fromkeys([(a, b), (a,), (b,), (against,)], (1.0, 1.0)), table, target, min_rows=1, limit=10
     )
     assert found.literals == [Literal((a,))]
 
