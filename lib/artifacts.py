@@ -137,8 +137,14 @@ def read_json(path: str | Path, what: str) -> Any:
 
 def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
     """Write a table: no index, "\\n" line ends, floats with all their digits, atomically."""
+    import csv
+
+    # Up to Python 3.12 a carriage return alone does not make the csv module quote a cell, and would end its row.
+    texts = frame.select_dtypes(exclude=["number", "bool"])
+    has_return = any(isinstance(cell, str) and "\r" in cell for name in texts for cell in texts[name])
+    quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
     with atomic_write(path) as handle:
-        frame.to_csv(handle, index=False, lineterminator="\n")
+        frame.to_csv(handle, index=False, lineterminator="\n", quoting=quoting)
 
 
 def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:

@@ -72,6 +72,18 @@ def test_csv_keeps_every_digit(tmp_path_factory, values):
     assert read_csv(path, "x")["x"].tolist() == values
 
 
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8), min_size=1, max_size=6))
+def test_csv_keeps_every_text_in_its_row(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    for cells in (texts, [*texts, "a\rb"]):
+        frame = pd.DataFrame({"text": cells, "x": np.arange(len(cells)) / 3, "is_test": [True] * len(cells)})
+        write_csv(path, frame)
+        again = read_csv(path, "x", dtype={"text": str}, keep_default_na=False)
+        assert again["text"].tolist() == cells
+        assert again["x"].tolist() == frame["x"].tolist()
+        assert again["is_test"].dtype == bool
+
+
 def test_npz_bytes_depend_on_content_only(tmp_path):
     arrays = {"b": np.arange(5), "a": np.eye(2)}
     write_npz(tmp_path / "1.npz", **arrays)
