@@ -9,149 +9,15 @@ group test is logged: a run that was killed goes on where it stopped, and a fini
 
 import argparse
 
-from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
+from lib.cli import Report, stage_main
+from lib.stages.agonist_options import add_agonist_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of stage 6."""
-    add_model_arguments(parser)
-    # The manifest says which model was attributed; the flag is only needed where it does not.
-    parser.set_defaults(ai_model=None)
-    add_task_arguments(parser)
-    _add_path_arguments(parser)
-    _add_datapoint_arguments(parser)
-    _add_candidate_arguments(parser)
-    _add_intervention_arguments(parser)
-    _add_search_arguments(parser)
+    add_agonist_arguments(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be searched; load no model, write nothing"
-    )
-
-
-def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("paths")
-    group.add_argument(
-        "--input_data_dir", required=True, help="folder of stage 5's manifest.json and dataset_info.json"
-    )
-    group.add_argument("--output_data_dir", required=True, help="folder of the outputs")
-    group.add_argument("--scores_path", default=None, help="stage 2's scores.csv (default: the one stage 5 used)")
-    group.add_argument("--cache_dir", default=None, help="folder to keep replacement values in, for later runs")
-
-
-def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("datapoints")
-    group.add_argument(
-        "--baseline_subset",
-        choices=["all", "positive", "negative"],
-        default="all",
-        help="datapoints where the behaviour holds before ablation, where it does not, or both regimes, "
-        "each in a folder of its own",
-    )
-    group.add_argument(
-        "--sampling_strategy", choices=["random", "plan"], default="random", help="how a rule's datapoints are chosen"
-    )
-    group.add_argument("--sampling_plan_path", default=None, help="stage 4's plan, for --sampling_strategy plan")
-    group.add_argument("--n_associated", type=positive_int, default=100, help="search datapoints that the rule covers")
-    group.add_argument("--n_unrelated", type=positive_int, default=100, help="search datapoints that it does not")
-    group.add_argument(
-        "--max_noise",
-        type=float,
-        default=0.25,
-        help="replace search datapoints that more than this share of random weak groups flips; 1 keeps all",
-    )
-    group.add_argument("--n_confirm", type=int, default=64, help="fresh datapoints per slice to confirm agonists on")
-
-
-def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("candidates")
-    group.add_argument("--mlp_neurons_only", action="store_true", help="leave out units of attention heads")
-    group.add_argument(
-        "--top_k_neurons", type=positive_int, default=None, help="keep the K largest |scores| of each rule"
-    )
-    group.add_argument(
-        "--last_k_layers", type=positive_int, default=None, help="keep MLP units of the last K layers only"
-    )
-    group.add_argument(
-        "--cluster_by_spectral", action="store_true", help="search stage 5's clusters instead of its rules"
-    )
-
-
-def _add_intervention_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("intervention")
-    group.add_argument(
-        "--intervention",
-        default="zero",
-        choices=["zero", "mean", "mean-positional", "mean-donor", "mean-donor-positional", "resample"],
-        help="what replaces an ablated activation",
-    )
-    group.add_argument(
-        "--points_to_use_for_mean_ablation", type=positive_int, default=256, help="TRAIN prompts behind it"
-    )
-    group.add_argument("--decode_only", action="store_true", help="intervene at answer-producing positions only")
-    group.add_argument(
-        "--decode_scope",
-        choices=["answer", "generated"],
-        default="answer",
-        help="with --decode_only: from the last prompt token, or (as published) from the first generated token",
-    )
-    group.add_argument("--memory_mb", type=positive_int, default=700, help="working memory of the ablation engine")
-
-
-def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--fast_ablation", action="store_true", help="search by groups; otherwise test every candidate alone"
-    )
-    group.add_argument(
-        "--search",
-        choices=["attribution", "bisect"],
-        default="attribution",
-        help="one forest over all layers, strongest |score| first, or (published) random halves per layer",
-    )
-    group.add_argument(
-        "--sign_split_first", action="store_true", help="split first by the sign of the attribution score"
-    )
-    group.add_argument("--search_epsilon", type=float, default=0.2, help="smallest flip rate worth finding")
-    group.add_argument("--prune_alpha", type=float, default=0.05, help="probability of pruning a group that has it")
-    group.add_argument("--fixed_n", action="store_true", help="test every group on all datapoints (published)")
-    group.add_argument(
-        "--looks",
-        type=positive_int,
-        nargs="+",
-        default=[8, 16, 32],
-        metavar="N",
-        help="datapoints per slice after which a group may be decided early",
-    )
-    group.add_argument(
-        "--full_records", action="store_true", help="test single neurons on all datapoints even if pruned"
-    )
-    group.add_argument(
-        "--dense_size",
-        type=int,
-        default=0,
-        help="test subtrees of up to this many candidates one by one where all their groups proved positive",
-    )
-    group.add_argument(
-        "--max_group_size",
-        type=positive_int,
-        default=None,
-        help="largest group to start from (default: 64 in the negative regime, none in the positive one)",
-    )
-    group.add_argument("--audit_members", type=int, default=32, help="random members of pruned groups to test alone")
-    group.add_argument(
-        "--min_selectivity",
-        type=float,
-        default=None,
-        help="keep agonists whose associated flip rate exceeds the unrelated one by at least this",
-    )
-    group.add_argument(
-        "--catastrophic_acc_tol",
-        type=float,
-        default=1e-12,
-        help="share left unflipped by a neuron that still counts as flipping everything",
-    )
-    group.add_argument(
-        "--catastrophic_n_runs", type=positive_int, default=3, help="rules after which such a neuron is decided"
     )
 
 

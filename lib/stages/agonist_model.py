@@ -15,7 +15,7 @@ from lib.cli import Report
 from lib.flip_oracle import FlipOracle
 from lib.interventions import DecodeScope, Intervention, ReplacementTable, build_table
 from lib.modeling_and_ablation import LanguageModel, load_language_model
-from lib.stages.agonist_search import Inputs, MakeAnswers, reference_rows
+from lib.stages.agonist_prepare import Inputs, MakeAnswers, reference_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,8 @@ import numpy as np
 from lib.agonist_files import Buckets
 from lib.scores_table import ScoresTable
 from lib.stages.agonist_inputs import Circuit
-from lib.stages.agonist_oracle import LoggedOracle
 from lib.stages.agonist_rule import Agonist, RuleFindings
-from lib.stages.agonist_slices import SIDES, Pool, Skipped, SliceUse
+from lib.stages.agonist_slices import SIDES, Pool, Skipped
 
 _N_SHOWN = 5
 
@@ -41,12 +40,11 @@ def skipped_body(skipped: Skipped) -> dict[str, Any]:
     return {"status": "skipped", "reason": skipped.reason, **counts, "ablations": []}
 
 
-def rule_body(
-    findings: RuleFindings, slices: tuple[SliceUse, SliceUse], oracle: LoggedOracle, table: ScoresTable, strategy: str
-) -> dict[str, Any]:
+def rule_body(findings: RuleFindings, table: ScoresTable, strategy: str) -> dict[str, Any]:
     """The other keys of a searched rule's file: the published ones, then ours."""
-    accuracy = 1.0 if findings.regime == "positive" else 0.0
-    index_space = table.subset_rows(findings.regime)
+    slices, oracle = findings.rule.slices, findings.rule.oracle
+    accuracy = 1.0 if findings.rule.regime == "positive" else 0.0
+    index_space = table.subset_rows(findings.rule.regime)
     body: dict[str, Any] = {
         "status": "ok",
         "n_associated_tested": len(slices[0].search),
@@ -64,7 +62,7 @@ def rule_body(
         body[f"confirmation_{side}_original_idx"] = oracle.rows[use.confirm]
         body[f"replaced_{side}_original_idx"] = oracle.rows[use.disagreeing]
         body[f"noisy_{side}_original_idx"] = oracle.rows[use.noisy]
-    neurons = findings.circuit.neurons
+    neurons = findings.rule.circuit.neurons
     body["agonists"] = [
         {"neuron": str(neurons[a.candidate]), "max_effect": a.max_effect, **a.to_json()} for a in findings.agonists
     ]
@@ -77,14 +75,14 @@ def rule_body(
 
 def fill_buckets(buckets: Buckets, findings: RuleFindings) -> None:
     """Enter a rule's agonists and its neurons that flip everything."""
-    circuit = findings.circuit
+    circuit = findings.rule.circuit
     kept = {agonist.candidate: agonist for agonist in findings.kept}
     catastrophic = {agonist.candidate for agonist in findings.agonists if agonist.is_catastrophic}
     for candidate, record in findings.singles():
         neuron = circuit.neurons[candidate]
         compact = {
             "circuit_id": circuit.circuit_id,
-            "baseline_subset": findings.regime,
+            "baseline_subset": findings.rule.regime,
             "layer_label": neuron.layer_label,
             "neuron_id": neuron.index,
             "max_effect": record["max_effect"],
@@ -102,7 +100,7 @@ def summary_lines(findings: RuleFindings, epsilon: float) -> list[str]:
     cost, audit = findings.cost(), findings.audit_json()
     strong = [a for a in findings.kept if a.confirmed and a.confirmed.rate >= epsilon]
     line = (
-        f"{findings.circuit.name}: {len(findings.kept)} agonists among {cost['n_candidates']} candidates "
+        f"{findings.rule.circuit.name}: {len(findings.kept)} agonists among {cost['n_candidates']} candidates "
         f"({len(strong)} flip {epsilon:g} or more of fresh datapoints); {cost['n_tests']} group tests, "
         f"{100 * cost['share_of_single_tests']:.1f} % of the work of testing each alone"
     )
@@ -110,7 +108,7 @@ def summary_lines(findings: RuleFindings, epsilon: float) -> list[str]:
         low, high = audit["estimated_recall_low"], audit["estimated_recall_high"]
         line += f"; estimated recall {audit['estimated_recall']:.2f} [{low:.2f}, {high:.2f}]"
     strongest = sorted(findings.kept, key=lambda a: (-a.observed_rate, a.candidate))[:_N_SHOWN]
-    return [line, *(f"    {_agonist_line(findings.circuit, agonist)}" for agonist in strongest)]
+    return [line, *(f"    {_agonist_line(findings.rule.circuit, agonist)}" for agonist in strongest)]
 
 
 def _agonist_line(circuit: Circuit, agonist: Agonist) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,30 +13,13 @@ from lib.agonist_files import TestedGroup, ablation_records, layers_of
 from lib.cli import rng
 from lib.confidence_bounds import Interval, flip_rate_interval, rate_difference_interval, upper_flip_rate
 from lib.group_test_log import FLIPPED
-from lib.group_testing import GroupRecord, SearchResult, SearchSettings, Slices, Verdict, search, sweep
+from lib.group_testing import GroupRecord, SearchResult, Slices, Verdict, search, sweep
 from lib.search_audit import SearchAudit, audit_pruned
 from lib.search_orders import Forest, SearchOrder, attribution_forest, bisect_forest
-from lib.stages.agonist_inputs import Circuit
-from lib.stages.agonist_oracle import LoggedOracle
-from lib.stages.agonist_slices import SliceUse
+from lib.stages.agonist_prepare import PreparedRule, RuleOptions
 
 # Where answers are wrong before ablation, a large group only makes other wrong answers, whatever its members do.
 _NEGATIVE_GROUP_SIZE = 64
-
-
-@dataclass(frozen=True)
-class RuleOptions:
-    """How rules are searched: the flags that matter inside a rule."""
-
-    settings: SearchSettings
-    order: SearchOrder
-    is_fast: bool
-    sign_split: bool
-    max_group_size: int | None
-    audit_members: int
-    min_selectivity: float | None
-    catastrophic_acc_tol: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -102,19 +85,13 @@ class Agonist:
 
 
 class RuleSearch:
-    """Searches one circuit's candidates on its slices; the oracle numbers datapoints as `slices` does."""
+    """Searches a prepared rule's candidates on its slices."""
 
-    def __init__(
-        self,
-        circuit: Circuit,
-        regime: str,
-        slices: tuple[SliceUse, SliceUse],
-        oracle: LoggedOracle,
-        options: RuleOptions,
-    ) -> None:
-        self.circuit, self.regime, self.oracle, self.options = circuit, regime, oracle, options
-        self.search_slices = Slices(slices[0].search, slices[1].search)
-        self.confirm_slices = Slices(slices[0].confirm, slices[1].confirm)
+    def __init__(self, rule: PreparedRule, options: RuleOptions) -> None:
+        self.rule, self.options = rule, options
+        self.circuit, self.oracle = rule.circuit, rule.oracle
+        self.search_slices = Slices(rule.slices[0].search, rule.slices[1].search)
+        self.confirm_slices = Slices(rule.slices[0].confirm, rule.slices[1].confirm)
 
     def run(self) -> RuleFindings:
         """Search (or sweep), audit, confirm."""
@@ -125,21 +102,18 @@ class RuleSearch:
                 result, self.search_slices, self.oracle, options.audit_members, self._generator("audit")
             )
         else:
-            result = sweep(np.arange(len(self.circuit.neurons)), self.search_slices, self.oracle, options.settings)
+            result = sweep(np.arange(len(self.rule.circuit.neurons)), self.search_slices, self.oracle, options.settings)
             audit = None
         tests = [self._tested(record) for record in result.records()]
         audit_tests = [self._tested(record) for record in audit.result.records()] if audit and audit.result else []
         agonists = self._confirmed(self._agonists(tests, "search") + self._agonists(audit_tests, "audit"))
-        n_datapoints = sum(map(len, self.search_slices.both))
-        return RuleFindings(
-            self.circuit, self.regime, n_datapoints, result, audit, tests, audit_tests, agonists, options
-        )
+        return RuleFindings(self.rule, result, audit, tests, audit_tests, agonists, options)
 
     def _forest(self) -> Forest:
         circuit, options = self.circuit, self.options
         if options.order is SearchOrder.ATTRIBUTION:
             layers = np.array([neuron.layer for neuron in circuit.neurons])
-            limit = options.max_group_size or (_NEGATIVE_GROUP_SIZE if self.regime == "negative" else None)
+            limit = options.max_group_size or (_NEGATIVE_GROUP_SIZE if self.rule.regime == "negative" else None)
             return attribution_forest(circuit.scores, layers, sign_split=options.sign_split, max_group_size=limit)
         labels = list(dict.fromkeys(neuron.layer_label for neuron in circuit.neurons))
         generators = [self._generator(label) for label in labels]
@@ -147,7 +121,7 @@ class RuleSearch:
         return bisect_forest(circuit.layers, circuit.scores, has_scores, generators, sign_split=options.sign_split)
 
     def _generator(self, *labels: object) -> np.random.Generator:
-        return rng(self.options.seed, "stage6", self.regime, self.circuit.target, self.circuit.circuit_id, *labels)
+        return rng(self.options.seed, "stage6", self.rule.regime, self.circuit.target, self.circuit.circuit_id, *labels)
 
     def _tested(self, record: GroupRecord) -> TestedGroup:
         """A search record with its flips per datapoint, which the log holds."""
@@ -155,7 +129,7 @@ class RuleSearch:
         members = record.members.tolist()
         flips = self.oracle.remembered(members, np.concatenate(points)) == FLIPPED
         cut = record.n_evaluated[0]
-        return TestedGroup(record, layers_of(members, self.circuit.neurons), (flips[:cut], flips[cut:]))
+        return TestedGroup(record, layers_of(members, self.rule.circuit.neurons), (flips[:cut], flips[cut:]))
 
     def _agonists(self, tests: list[TestedGroup], found_by: str) -> list[Agonist]:
         """Neurons tested alone on both whole slices whose flip rate may be epsilon or more on one."""
@@ -180,17 +154,12 @@ class RuleSearch:
         groups = [(agonist.candidate,) for agonist in agonists]
         flips = self.oracle.outcomes(groups, points) == FLIPPED if groups else np.zeros((0, len(points)), dtype=bool)
         return [
-            Agonist(
-                a.candidate,
-                a.flips,
-                a.n_search,
-                (int(row[:cut].sum()), int(row[cut:].sum())),
-                (cut, len(points) - cut),
-                a.max_effect,
-                a.is_catastrophic,
-                a.found_by,
+            replace(
+                agonist,
+                confirm_flips=(int(row[:cut].sum()), int(row[cut:].sum())),
+                n_confirm=(cut, len(points) - cut),
             )
-            for a, row in zip(agonists, flips, strict=True)
+            for agonist, row in zip(agonists, flips, strict=True)
         ]
 
 
@@ -198,9 +167,7 @@ class RuleSearch:
 class RuleFindings:
     """What the search of one rule found, and what it cost."""
 
-    circuit: Circuit
-    regime: str
-    n_datapoints: int
+    rule: PreparedRule
     result: SearchResult
     audit: SearchAudit | None
     tests: list[TestedGroup]
@@ -220,8 +187,8 @@ class RuleFindings:
     def records(self) -> list[dict[str, Any]]:
         """Records of all group tests: the search's, then the audit's."""
         alpha = self.options.settings.alpha
-        own = ablation_records(self.tests, self.regime, alpha, is_tree=self.options.is_fast)
-        audited = ablation_records(self.audit_tests, self.regime, alpha, is_tree=False)
+        own = ablation_records(self.tests, self.rule.regime, alpha, is_tree=self.options.is_fast)
+        audited = ablation_records(self.audit_tests, self.rule.regime, alpha, is_tree=False)
         return own + [record | {"audit": True} for record in audited]
 
     def singles(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -232,15 +199,17 @@ class RuleFindings:
 
     def cost(self) -> dict[str, Any]:
         """Tests and evaluations, also as shares of testing every candidate alone on every datapoint."""
-        n_candidates = len(self.circuit.neurons)
+        n_candidates = len(self.rule.circuit.neurons)
         audit_evaluations = sum(sum(test.record.n_evaluated) for test in self.audit_tests)
+        n_datapoints = sum(len(use.search) for use in self.rule.slices)
         return {
             "n_candidates": n_candidates,
-            "n_datapoints": self.n_datapoints,
+            "n_datapoints": n_datapoints,
             "n_tests": self.result.n_tests,
             "n_rounds": self.result.n_rounds,
             "n_datapoint_evaluations": self.result.n_evaluations,
-            "share_of_single_tests": self.result.n_evaluations / (n_candidates * self.n_datapoints),
+            "share_of_single_tests": self.result.n_evaluations / (n_candidates * n_datapoints),
+            "n_noise_evaluations": self.rule.n_noise_evaluations,
             "n_audit_tests": len(self.audit_tests),
             "n_audit_evaluations": audit_evaluations,
         }
@@ -255,7 +224,7 @@ class RuleFindings:
             "n_pruned_members": self.audit.n_pruned,
             "n_audited": len(self.audit.audited),
             "n_missed": len(self.audit.missed),
-            "missed": [str(self.circuit.neurons[i]) for i in self.audit.missed],
+            "missed": [str(self.rule.circuit.neurons[i]) for i in self.audit.missed],
             "estimated_recall": recall[0],
             "estimated_recall_low": recall[1],
             "estimated_recall_high": recall[2],

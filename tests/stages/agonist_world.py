@@ -145,12 +145,13 @@ def write_plan(folder: Path, subset: str, *, n_points: int = 40) -> None:
 class PlantedModel:
     """Stands in for `AgonistModel`: neurons flip rows drawn with their rates; answers say which neuron flipped.
 
-    disagreeing: rows whose un-ablated label is the other one. stop_after: raise KeyboardInterrupt after this many
-    (group, datapoint) pairs, as a killed run would end.
+    disagreeing: rows whose un-ablated label is the other one. fragile: rows that flip under any ablation. stop_after:
+    raise KeyboardInterrupt after this many (group, datapoint) pairs, as a killed run would end.
     """
 
     pairs: list[tuple[tuple[str, ...], int]] = []
     disagreeing: frozenset[int] = frozenset()
+    fragile: frozenset[int] = frozenset()
     stop_after: int | None = None
 
     def __init__(self, args: object, inputs: object, report: object) -> None:
@@ -180,6 +181,8 @@ class PlantedAnswers:
             for column, datapoint in enumerate(datapoints):
                 PlantedModel.pairs.append((tuple(sorted(names)), int(self.rows[datapoint])))
                 hits = [name for name in names if self.flips(name, datapoint)]
+                if int(self.rows[datapoint]) in PlantedModel.fragile:
+                    hits = hits or [names[0]]
                 changed[place, column] = bool(hits)
                 if hits:
                     texts[place, column] = "by " + hits[0]

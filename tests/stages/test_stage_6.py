@@ -32,6 +32,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(lib.modeling_and_ablation, "model_identity", lambda name: {"model": name})
     monkeypatch.setattr(PlantedModel, "pairs", [])
     monkeypatch.setattr(PlantedModel, "disagreeing", frozenset())
+    monkeypatch.setattr(PlantedModel, "fragile", frozenset())
     monkeypatch.setattr(PlantedModel, "stop_after", None)
     return make_world(tmp_path)
 
@@ -376,6 +377,69 @@ def test_a_plan_of_the_other_regime_is_refused(world, capsys):
     plan = ("--sampling_strategy", "plan", "--sampling_plan_path", str(world / "plan_positive.json"))
     assert run(world, "--baseline_subset", "negative", *plan) == 2
     assert "--baseline_subset positive" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- noisy datapoints
+
+
+def test_datapoints_that_flip_under_anything_are_replaced(world, monkeypatch):
+    run(world, *POSITIVE, "--max_noise", "1")
+    before = read(world, "per_rule/is_correct/rule_0000.json")["sampled_associated_original_idx"]
+    # These flip whatever is ablated: no group could be pruned on them.
+    monkeypatch.setattr(PlantedModel, "fragile", frozenset(before[:8]))
+    run(world, *POSITIVE, "--max_noise", "1", output="kept")
+    run(world, *POSITIVE, output="calm")
+    kept, calm = (read(world, "per_rule/is_correct/rule_0000.json", output=name) for name in ("kept", "calm"))
+    assert sorted(calm["noisy_associated_original_idx"]) == sorted(before[:8])
+    assert not set(calm["sampled_associated_original_idx"]) & set(before[:8]) and calm["n_associated_tested"] == 40
+    assert kept["sampled_associated_original_idx"] == before
+    assert {item["neuron"] for item in calm["agonists"]} == FOUND
+    assert len(kept["agonists"]) == N_LAYERS * D_MODEL
+    assert calm["search_cost"]["n_noise_evaluations"] > 0 == kept["search_cost"]["n_noise_evaluations"]
+
+
+# ---------------------------------------------------------------- validation against brute force
+
+
+def judge(world, *extra):
+    arguments = [argument for argument in stage_6_arguments(world, "judge", *POSITIVE) if argument != "--fast_ablation"]
+    return run_script("validate_recall", [*arguments, *extra])
+
+
+def test_validation_judges_every_mode_by_brute_force(world, capsys):
+    import pandas as pd
+
+    assert judge(world, "--max_rules", "1") == 0
+    table = pd.read_csv(world / "judge" / "validate_recall.csv").set_index("mode")
+    brute = table.loc["brute_force"]
+    assert brute["n_tests"] == N_LAYERS * D_MODEL and brute["n_agonists"] == len(FOUND)
+    assert (table["recall_all"] == 1.0).all()
+    assert table.loc["bisect_fixed_n", "n_evaluations"] == 80 * table.loc["bisect_fixed_n", "n_tests"]
+    assert table.loc["attribution", "n_evaluations"] < table.loc["attribution_fixed_n", "n_evaluations"]
+    figures = dict(pair.split("=") for pair in capsys.readouterr().out.strip().splitlines()[-1].split())
+    assert figures["recall_strong"] == figures["recall_all"] == "1.0000"
+    assert float(figures["cost_share"]) == pytest.approx(table.loc["attribution", "cost_share"], abs=1e-4)
+
+
+def test_validation_counts_what_a_mode_misses(world, monkeypatch):
+    import pandas as pd
+
+    from lib.stages import recall_validation
+
+    # Nothing that flips less than 0.8 of a slice is looked for: two of the four are pruned.
+    monkeypatch.setitem(recall_validation.MODES, "attribution", {"search": "attribution", "search_epsilon": 0.8})
+    assert judge(world, "--max_rules", "1", "--modes", "attribution") == 0
+    row = pd.read_csv(world / "judge" / "validate_recall.csv").set_index("mode").loc["attribution"]
+    assert row["n_true_all"] == 4 and row["recall_all"] == 0.5
+
+
+def test_validation_resumes_its_brute_force(world):
+    assert judge(world, "--max_rules", "1", "--modes", "attribution") == 0
+    alone = [pair for pair in PlantedModel.pairs if len(pair[0]) == 1]
+    asked = len(PlantedModel.pairs)
+    assert judge(world, "--max_rules", "1", "--modes", "attribution") == 0
+    again = PlantedModel.pairs[asked:]
+    assert len(alone) > 80 * N_LAYERS * D_MODEL > len([pair for pair in again if len(pair[0]) == 1])
 
 
 # ---------------------------------------------------------------- a real, tiny model
