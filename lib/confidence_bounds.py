@@ -15,8 +15,8 @@ import numpy as np
 
 NEVER = -1
 """A boundary of `NEVER` flips cannot be met."""
-# A group is given up at a look if, at the rate seen so far, it would end up pruned less often than this.
-_FUTILITY = 0.1
+# A group is given up at a look if, going by what was seen so far, it would end up pruned less often than this.
+_FUTILITY = 0.02
 # Error spent up to a look at share t of the datapoints: alpha * t ** _SPENDING_POWER. At 0.5 looks at 8, 16, 32 and 64
 # keep the boundary of the single look at 64 and prune a group without flips at half the cost.
 _SPENDING_POWER = 0.5
@@ -145,10 +145,14 @@ class LookPlan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_looks(n_datapoints: int, looks: Sequence[int], epsilon: float, alpha: float) -> LookPlan:
+def plan_looks(
+    n_datapoints: int, looks: tuple[int, ...], epsilon: float, alpha: float, ease: tuple[float, ...] | None = None
+) -> LookPlan:
     """Boundaries for looks at the given numbers of datapoints and at all of them.
 
-    looks: a tuple, empty for the single published look, where the boundaries are k* - 1 and k*.
+    looks: empty for the single published look, where the boundaries are k* - 1 and k*. ease: how easily each datapoint
+    flips, up to a common factor; positive. It only decides when to give up: where the first datapoints flip under
+    anything, many early flips promise few later ones.
     """
     n_seen = (*sorted({n for n in looks if 0 < n < n_datapoints}), n_datapoints)
     if epsilon <= 0.0:
@@ -166,25 +170,28 @@ def plan_looks(n_datapoints: int, looks: Sequence[int], epsilon: float, alpha: f
         state[: boundary + 1] = 0.0
         boundaries.append(boundary)
         seen = n
-    return LookPlan(n_seen, tuple(boundaries), _give_up_from(n_seen, boundaries))
+    total_ease = np.concatenate([[0.0], np.cumsum(np.ones(n_datapoints) if ease is None else ease)])
+    return LookPlan(n_seen, tuple(boundaries), _give_up_from(n_seen, boundaries, total_ease))
 
 
-def _give_up_from(n_seen: tuple[int, ...], prune_at_most: list[int]) -> tuple[int, ...]:
-    """Per look the fewest flips at which the rate seen so far would rarely let the group be pruned later."""
+def _give_up_from(n_seen: tuple[int, ...], prune_at_most: list[int], total_ease: np.ndarray) -> tuple[int, ...]:
+    """Per look the fewest flips after which a group would rarely be pruned later.
+
+    total_ease: ease of the first n datapoints, [n]; flips so far are extrapolated in proportion to it.
+    """
     thresholds = []
     for look, n in enumerate(n_seen[:-1]):
+        n_left, ease_left = n_seen[-1] - n, total_ease[-1] - total_ease[n]
+        rest = tuple(later - n for later in n_seen[look + 1 :])
         flips = prune_at_most[look] + 1
-        while flips <= n and _later_prune(n_seen, prune_at_most, look, flips) >= _FUTILITY:
+        while flips <= n:
+            rate = min(1.0, flips * ease_left / total_ease[n] / n_left)
+            limits = tuple(max(limit - flips, NEVER) for limit in prune_at_most[look + 1 :])
+            if sum(_crossings(rest, limits, rate)) < _FUTILITY:
+                break
             flips += 1
         thresholds.append(flips)
     return (*thresholds, prune_at_most[-1] + 1)
-
-
-def _later_prune(n_seen: tuple[int, ...], prune_at_most: list[int], look: int, flips: int) -> float:
-    """Probability of meeting a later boundary from `flips` at `look`, if the observed rate is the true one."""
-    rest = tuple(n - n_seen[look] for n in n_seen[look + 1 :])
-    limits = tuple(max(limit - flips, NEVER) for limit in prune_at_most[look + 1 :])
-    return float(sum(_crossings(rest, limits, flips / n_seen[look])))
 
 
 def _crossings(n_seen: Sequence[int], prune_at_most: Sequence[int], rate: float) -> list[float]:

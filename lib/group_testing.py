@@ -73,10 +73,15 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Slices:
-    """The datapoints of a search, in the order in which every group looks at them, one array of positions per slice."""
+    """The datapoints of a search, in the order in which every group looks at them, one array of positions per slice.
+
+    ease: per slice how easily each datapoint flips, up to a common factor, all positive; None if nothing is known. It
+    saves evaluations and decides nothing else (see `plan_looks`).
+    """
 
     associated: np.ndarray
     unrelated: np.ndarray
+    ease: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def both(self) -> tuple[np.ndarray, np.ndarray]:
@@ -232,8 +237,10 @@ def search(forest: Forest, slices: Slices, oracle: Oracle, settings: SearchSetti
 
     Groups that look at the same datapoints go to the oracle together, over all trees.
     """
+    ease = [None, None] if slices.ease is None else [tuple(part.tolist()) for part in slices.ease]
     plans = tuple(
-        plan_looks(len(points), settings.looks, settings.epsilon, settings.alpha_slice) for points in slices.both
+        plan_looks(len(points), settings.looks, settings.epsilon, settings.alpha_slice, known)
+        for points, known in zip(slices.both, ease, strict=True)
     )
     nodes = _Nodes()
     active = nodes.add(forest.starts, forest.ends, 0)

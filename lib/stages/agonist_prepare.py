@@ -183,10 +183,8 @@ class RulePreparer:
             positions = np.concatenate([start + place for start, place in zip(starts, places, strict=True)])
             generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
             noise = noise_rates(oracle, circuit.scores, positions, generator)
-        noisy = np.split(noise > args.max_noise, [len(places[0])])
-        needed = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
-        first, second = (
-            assign_slice(*part, n, args.n_confirm, needed)
-            for part, n in zip(zip(starts, agrees, places, noisy, strict=True), self._wanted, strict=True)
-        )
+        limits = {"max_noise": args.max_noise, "n_confirm": args.n_confirm}
+        limits["n_needed"] = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
+        parts = zip(starts, agrees, places, np.split(noise, [len(places[0])]), self._wanted, strict=True)
+        first, second = (assign_slice(*part, n_search=n, **limits) for *part, n in parts)
         return first, second

@@ -20,6 +20,8 @@ from lib.stages.agonist_prepare import PreparedRule, RuleOptions
 
 # Where answers are wrong before ablation, a large group only makes other wrong answers, whatever its members do.
 _NEGATIVE_GROUP_SIZE = 64
+# How easily a datapoint flips that no noise group flipped.
+_LEAST_EASE = 0.02
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class RuleSearch:
     def __init__(self, rule: PreparedRule, options: RuleOptions) -> None:
         self.rule, self.options = rule, options
         self.circuit, self.oracle = rule.circuit, rule.oracle
-        self.search_slices = Slices(rule.slices[0].search, rule.slices[1].search)
+        ease = tuple(use.noise + _LEAST_EASE for use in rule.slices)
+        self.search_slices = Slices(rule.slices[0].search, rule.slices[1].search, ease)
         self.confirm_slices = Slices(rule.slices[0].confirm, rule.slices[1].confirm)
 
     def run(self) -> RuleFindings:

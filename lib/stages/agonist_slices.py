@@ -40,11 +40,13 @@ class Skipped:
 class SliceUse:
     """What the prepared datapoints of one slice are used for, as positions among all prepared datapoints.
 
-    search: the search looks at these, in this order. confirm: fresh ones. disagreeing: their un-ablated answer no
-    longer has the label of the feature table. noisy: they flip under random groups of weak candidates.
+    search: the search looks at these, in this order. noise: share of random weak groups that flip each of them.
+    confirm: fresh ones. disagreeing: their un-ablated answer no longer has the label of the feature table. noisy: too
+    many random weak groups flip them.
     """
 
     search: np.ndarray
+    noise: np.ndarray
     confirm: np.ndarray
     disagreeing: np.ndarray
     noisy: np.ndarray
@@ -131,22 +133,32 @@ def noise_rates(
 
 
 def assign_slice(
-    start: int, agrees: np.ndarray, pool: np.ndarray, is_noisy: np.ndarray, n_search: int, n_confirm: int, n_needed: int
+    start: int,
+    agrees: np.ndarray,
+    pool: np.ndarray,
+    noise: np.ndarray,
+    *,
+    max_noise: float,
+    n_search: int,
+    n_confirm: int,
+    n_needed: int,
 ) -> SliceUse:
     """Give a slice's places to search and, behind the last of those, to confirmation.
 
-    start: position of the slice's first place. pool, is_noisy: places from which search datapoints are taken, and
-    which of them are noisy, [pool]. Where fewer than `n_needed` are calm, noisy ones are used like the others.
-    Confirmation datapoints are taken as they come: what they say holds for the slice, noisy ones included.
+    start: position of the slice's first place. pool, noise: places from which search datapoints are taken, and their
+    noise, [pool]. Where fewer than `n_needed` are calm, noisy ones are used like the others. Confirmation datapoints
+    are taken as they come: what they say holds for the slice, noisy ones included.
     """
-    calm = pool[~is_noisy] if (~is_noisy).sum() >= n_needed else pool
-    search = calm[:n_search]
+    calm = noise <= max_noise
+    usable = np.flatnonzero(calm if calm.sum() >= n_needed else np.ones(len(pool), dtype=bool))[:n_search]
+    search = pool[usable]
     last = search[-1] if len(search) else -1
     good = np.flatnonzero(agrees)
     confirm = good[good > last][:n_confirm]
     passed = pool[pool <= last]
     disagreeing = np.flatnonzero(~agrees[: max(last, *confirm[-1:], -1) + 1])
-    return SliceUse(start + search, start + confirm, start + disagreeing, start + np.setdiff1d(passed, search))
+    noisy = np.setdiff1d(passed, search)
+    return SliceUse(start + search, noise[usable], start + confirm, start + disagreeing, start + noisy)
 
 
 def too_few(n_rows: tuple[int, int], epsilon: float, alpha_slice: float) -> Skipped | None:

@@ -98,6 +98,15 @@ def test_default_looks_prune_silence_at_half_the_cost_and_keep_the_last_boundary
     assert plan.expected_datapoints(0.9) < 9
 
 
+def test_ease_changes_when_to_give_up_and_nothing_else():
+    # The first eight datapoints flip under anything: two early flips say nothing of the other 56.
+    ease = (1.0,) * 8 + (0.02,) * 56
+    known, unknown = plan_looks(64, (8, 16, 32), 0.2, 0.025, ease), plan_looks(64, (8, 16, 32), 0.2, 0.025)
+    assert known.n_seen == unknown.n_seen and known.prune_at_most == unknown.prune_at_most
+    assert known.split_from[0] > unknown.split_from[0]
+    assert known.split_from[-1] == unknown.split_from[-1] == 7
+
+
 @given(st.integers(10, 120), st.lists(st.integers(4, 100), max_size=5), st.floats(0.05, 0.6), st.floats(0.005, 0.1))
 @settings(max_examples=60, deadline=None)
 def test_error_over_all_looks_stays_within_alpha(n, looks, epsilon, alpha):
