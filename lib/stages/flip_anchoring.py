@@ -110,7 +110,8 @@ class FlipAnchoring:
     def _rows(self) -> EvaluatedRows:
         """The evaluated rows and what each may be used for."""
         args, settings = self.args, self.settings
-        group_col = args.group_col or self.task.GROUP_COLUMN
+        own_col = self.task.GROUP_COLUMN if self.task.GROUP_COLUMN in self.scores.frame else None
+        group_col = args.group_col or own_col
         groups = group_numbers(self.scores, group_col) if group_col else None
         roles = assign_roles(self.scores, settings.discovery, groups, rng(args.seed, "stage7", "groups"))
         is_small = args.sampling_max_points >= len(self.scores)

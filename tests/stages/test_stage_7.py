@@ -10,7 +10,8 @@ from lib.artifacts import read_csv, write_csv
 from lib.cli import Report, UserError
 from lib.stages.flip_anchoring import FlipAnchoring
 from lib.text_and_rules import parse_rule
-from tests.flip_world import engine_factory, stage_arguments, world_frame, write_world
+from tests.flip_world import TASK_SPEC, engine_factory, stage_arguments, world_frame, write_world
+from tests.models import tiny_model
 from tests.scripts import run_script
 
 FRAME = world_frame(500)
@@ -351,6 +352,34 @@ def test_failed_fits_are_listed_and_make_the_exit_code_non_zero(tmp_path, monkey
     assert "failed: flip_m1_3: ZeroDivisionError" in capsys.readouterr().out
     monkeypatch.undo()
     assert _run(paths, "--rule_targets", "any") == 0
+
+
+def test_a_real_model_is_sampled_spectrally_and_ablated(tmp_path):
+    lm = tiny_model("qwen2")
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    frame = world_frame(120)
+    prompts = [prompt.split(": ")[1] for prompt in frame["prompt"]]
+    frame["prompt"] = prompts
+    frame["raw_output"] = [generation.answer for generation in lm.generate(prompts, TASK_SPEC.MAX_NEW_TOKENS)]
+    # The task calls an answer right if it is `right`: this model is always wrong, and stays so.
+    frame["is_correct"] = False
+    paths = write_world(tmp_path, frame, {"m1:3": 0.5, "a2.h1:7": 0.4})
+    flags = [
+        "--ai_model", str(tmp_path / "model"), "--use_spectral_sampling", "--sampling_max_points", "60",
+        "--global_n_clusters", "5", "--spectral_cache_dir", str(tmp_path / "cache"), "--batch_size", "16",
+        "--points_to_use_for_mean_ablation", "32", "--joint_ablation",
+    ]  # fmt: skip
+    assert FlipAnchoring(stage_arguments(paths, *flags), Report(quiet=True)).run() == 0
+    stats = paths["rules"] / "stats" / "run"
+    table = pd.read_csv(stats / "scores.csv")
+    assert len(table) == 60
+    assert table["_spectral_sampled_center"].all()
+    assert table["flip_m1_3"].sum() == 0
+    controls = json.loads((stats / "flip_stats_global.json").read_text())["controls"]
+    assert controls["baseline"]["n_answers_unlike_stage_1"] == 0
+    assert controls["no_op"]["n_changed_answers"] == 0
+    assert pd.read_csv(stats / "flip_stats_by_neuron.csv")["changed_answer_rate"].max() > 0
 
 
 @pytest.mark.parametrize(
