@@ -129,6 +129,8 @@ def _ratio_panel(axes: Axes, blocks: Mapping[str, Any], scopes: Sequence[str], n
             rows.append({"panel": name, "kind": kind, "label": label, "value": value, "scope": scope, **ratio})
     axes.set_xticks(range(len(_KINDS)), ["any flip", "behaviour lost", "behaviour gained"], fontsize=8)
     axes.margins(y=0.4)
+    highest = max(row["value"] for row in rows)
+    axes.set_ylim(0, 1.4 * highest if highest else 1)
     axes.legend(fontsize=6, frameon=False, loc="upper right")
     return pd.DataFrame(rows)
 
