@@ -94,6 +94,13 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="rank by absolute score (stored scores stay signed)",
     )
+    group.add_argument(
+        "--rank_by",
+        choices=["magnitude", "score"],
+        default="magnitude",
+        help="rank neurons by the sum over pairs of |score|, where pushes up and down add up, or (published) by the "
+        "|signed sum|, where they cancel",
+    )
     group.add_argument("--include_zero_scores", action="store_true", help="units with score 0 may be kept")
     group.add_argument(
         "--eval_intervention",

@@ -72,6 +72,10 @@ class PipelinePlan:
     def _fake(self) -> list[str]:
         return ["--fake_targets"] * self.args.incorrect_rules
 
+    def _replacement(self) -> str:
+        """Stage 5 attributes the replacement that stage 6 makes, or the nearest one it knows."""
+        return WITHOUT_DONOR.get(self.args.eval_intervention, self.args.eval_intervention)
+
     def _mean_points(self) -> list[str]:
         points = DONOR_MEAN_POINTS if "donor" in self.args.eval_intervention else MEAN_POINTS
         return ["--points_to_use_for_mean_ablation", str(points)]
@@ -153,9 +157,9 @@ class PipelinePlan:
         return StageCall(5, "candidate neurons", "5_discover_circuits.py", [
             *self._model(batch=False), *self._common(), *self._rule_inputs(),
             "--output_data_dir", str(self.paths.circuits_dir), "--cache_dir", str(self.paths.model_cache_dir),
-            "--method", METHOD, "--intervention", "patching", "--circuit_level", args.circuit_level,
+            "--method", METHOD, "--intervention", self._replacement(), "--circuit_level", args.circuit_level,
             "--circuit_size", str(args.circuit_size), "--absolute_value_attributions",
-            "--eval_intervention", WITHOUT_DONOR.get(args.eval_intervention, args.eval_intervention),
+            "--eval_intervention", self._replacement(),
             *self._mean_points(),
             "--temporal_agg", "mean", "--max_pairs_per_circuit", str(POINTS_PER_CIRCUIT),
             "--max_n_of_rules_to_analyze", str(args.max_number_of_circuits_to_analyze), *sampling, *flags])

@@ -16,7 +16,7 @@ class SearchOrder(Enum):
     """Published: one tree per layer over its candidates in random order, the root split by score sign if wanted."""
 
     ATTRIBUTION = "attribution"
-    """One forest over all layers, strongest |attribution| first within each sign: strong candidates share subtrees."""
+    """One forest over all layers, strongest attribution first within each sign: strong candidates share subtrees."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,26 @@ def bisect_forest(
 
 
 def attribution_forest(
-    scores: np.ndarray, layers: np.ndarray | None = None, *, sign_split: bool = True, max_group_size: int | None = None
+    strengths: np.ndarray,
+    layers: np.ndarray | None = None,
+    *,
+    signs: np.ndarray | None = None,
+    max_group_size: int | None = None,
 ) -> Forest:
-    """One row of all candidates, strongest first within each sign; ties keep their order. One tree per sign.
+    """One row of all candidates, strongest first; ties keep their order. One tree, or one per sign.
 
     Inside short stretches of like strength candidates stand by layer, so that small groups lie in few layers: an
     ablation costs less the later its first layer. Stretches are spans of the trees, shorter among the strongest.
 
-    scores: signed attribution, 0 where missing, [candidate]. layers: layer number [candidate]; None if all are alike.
-    max_group_size: begin with groups of at most this size, the trees' first spans that are small enough.
+    strengths: strength that attribution promises, whatever its sign, [candidate]. layers: layer number [candidate];
+    None if all are alike. signs: signed attribution [candidate], which splits the row in two (>= 0, and below); None to
+    split it not. max_group_size: begin with groups of at most this size, the trees' first spans that are small enough.
     """
-    by_strength = np.argsort(-np.abs(scores), kind="stable")
-    negative = scores[by_strength] < 0
-    parts = [by_strength[~negative], by_strength[negative]] if sign_split else [by_strength]
+    by_strength = np.argsort(-np.abs(strengths), kind="stable")
+    parts = [by_strength]
+    if signs is not None:
+        negative = signs[by_strength] < 0
+        parts = [by_strength[~negative], by_strength[negative]]
     parts = [part for part in parts if len(part)]
     starts, ends, rows, begin = [], [], [], 0
     for part in parts:

@@ -116,17 +116,17 @@ class ScoreTable:
     values: np.ndarray
 
     @classmethod
-    def from_arrays(cls, layout: Layout, arrays: dict[str, np.ndarray]) -> ScoreTable:
+    def from_arrays(cls, layout: Layout, arrays: dict[str, np.ndarray], suffix: str = "") -> ScoreTable:
         """From stored arrays: `mlp` [layer, d_model], `embedding` [d_model], if attributed `heads` [layer, head,
-        d_model]; or `edges` [component row, reader column]."""
+        d_model], each with the suffix; or `edges` [component row, reader column]."""
         if "edges" in arrays:
             return cls(layout, np.where(layout.edges(), arrays["edges"], np.nan))
         values = np.full((layout.n_rows, layout.d_model), np.nan)
-        values[0] = arrays["embedding"]
+        values[0] = arrays["embedding" + suffix]
         for layer in range(layout.n_layers):
-            values[layout.mlp_row(layer)] = arrays["mlp"][layer]
-            if "heads" in arrays:
-                values[layout.head_row(layer, 0) : layout.mlp_row(layer)] = arrays["heads"][layer]
+            values[layout.mlp_row(layer)] = arrays["mlp" + suffix][layer]
+            if "heads" + suffix in arrays:
+                values[layout.head_row(layer, 0) : layout.mlp_row(layer)] = arrays["heads" + suffix][layer]
         return cls(layout, values)
 
     def candidates(self, level: CircuitLevel, mlp_only: bool) -> np.ndarray:
@@ -151,7 +151,8 @@ class Circuit:
     """The chosen units of one job, strongest first.
 
     indices: component row (node), row * d_model + coordinate (neuron), or row * n_columns + column (edge), [unit].
-    scores: signed, [unit].
+    scores: signed, [unit]. magnitudes: sums of |score| over pairs by which the units were ranked, [unit]; None if they
+    were ranked by score.
     """
 
     level: CircuitLevel
@@ -164,6 +165,7 @@ class Circuit:
     is_absolute: bool
     includes_zeros: bool
     score_range: tuple[float, float] | None
+    magnitudes: np.ndarray | None = None
 
     @property
     def width(self) -> int:
@@ -218,15 +220,20 @@ class Circuit:
             "total_entities": self._n_entities(),
             "was_clipped": selected < self.n_requested,
             "score_range": list(self.score_range) if self.score_range else None,
-            "threshold": _short(self.scores[-1]) if selected else None,
+            "threshold": _short(self._keys[-1]) if selected else None,
             "empty_reason": reason,
             "include_zero_scores": self.includes_zeros,
             "d_model": self.layout.d_model,
             "d_head": self.layout.d_head,
             "n_heads": self.layout.n_heads,
             "n_layers": self.layout.n_layers,
+            "ranked_by": "score" if self.magnitudes is None else "magnitude",
             "kept_share": selected / self.n_candidates if self.n_candidates else None,
         }
+
+    @property
+    def _keys(self) -> np.ndarray:
+        return self.scores if self.magnitudes is None else self.magnitudes
 
     def _n_entities(self) -> int:
         if self.level is CircuitLevel.EDGE:
@@ -244,13 +251,16 @@ class Circuit:
             labels = [f"{self.layout.label(row)}->{self.layout.column_label(column)}" for row, column in pairs]
             return {**block, "edge_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
         neurons: dict[str, list[int]] = {}
-        label_scores = {}
-        for index, score in zip(self.indices.tolist(), self.scores, strict=True):
+        names = []
+        for index in self.indices.tolist():
             row, coordinate = divmod(index, self.layout.d_model)
             label = self.layout.label(row)
             neurons.setdefault(label, []).append(coordinate)
-            label_scores[str((label, coordinate))] = _short(score)
-        return {**block, "neuron_label_score": label_scores, "neurons": neurons}
+            names.append(str((label, coordinate)))
+        block["neuron_label_score"] = dict(zip(names, map(_short, self.scores), strict=True))
+        if self.magnitudes is not None:
+            block["neuron_label_magnitude"] = dict(zip(names, map(_short, self.magnitudes), strict=True))
+        return {**block, "neurons": neurons}
 
 
 def _short(score: float) -> float:
@@ -259,19 +269,29 @@ def _short(score: float) -> float:
 
 
 def choose_circuit(
-    table: ScoreTable, level: CircuitLevel, size: int | float, *, absolute: bool, include_zeros: bool, mlp_only: bool
+    table: ScoreTable,
+    level: CircuitLevel,
+    size: int | float,
+    *,
+    absolute: bool,
+    include_zeros: bool,
+    mlp_only: bool,
+    magnitudes: ScoreTable | None = None,
 ) -> Circuit:
-    """The highest-scoring units. `size` is a number of units (int) or a share of the candidates (float).
+    """The highest-ranking units. `size` is a number of units (int) or a share of the candidates (float).
 
     Candidates are all attributed units (see `ScoreTable.candidates`); eligible ones have a finite and (unless
-    `include_zeros`) non-zero score. Ties go to the lower index.
+    `include_zeros`) non-zero key. The key is the magnitude where given, else the (absolute) score. Ties go to the lower
+    index.
     """
     layout = table.layout
     values = table.values.sum(axis=1, keepdims=True) if level is CircuitLevel.NODE else table.values
     candidates = np.flatnonzero(table.candidates(level, mlp_only))
     scores = values.ravel()[candidates]
-    eligible = np.isfinite(scores) & (include_zeros | (scores != 0))
     keys = np.abs(scores) if absolute else scores
+    if magnitudes is not None:
+        keys = magnitudes.values.ravel()[candidates]
+    eligible = np.isfinite(keys) & (include_zeros | (keys != 0))
     n_requested = size if isinstance(size, int) else max(1, round(size * len(candidates)))
     order = np.argsort(-np.where(eligible, keys, -np.inf), kind="stable")[: min(n_requested, int(eligible.sum()))]
     score_range = (_short(keys[eligible].min()), _short(keys[eligible].max())) if eligible.any() else None
@@ -286,4 +306,5 @@ def choose_circuit(
         absolute,
         include_zeros,
         score_range,
+        None if magnitudes is None else keys[order],
     )

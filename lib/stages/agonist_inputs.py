@@ -25,6 +25,7 @@ class Circuit:
     """A rule (or cluster) with its candidate neurons, layer by layer in the order of the manifest.
 
     scores: signed attribution [candidate], 0 where the manifest has none. scored: whether it has one [candidate].
+    strengths: how strong an effect attribution promises, [candidate]: its magnitude, else |score|.
     cluster_rows: `original_idx` of a cluster's members; None for rules.
     """
 
@@ -37,6 +38,7 @@ class Circuit:
     neurons: tuple[Neuron, ...]
     scores: np.ndarray
     scored: np.ndarray
+    strengths: np.ndarray
 
     @property
     def is_cluster(self) -> bool:
@@ -123,7 +125,7 @@ def _circuit(entry: dict[str, Any], args: Namespace, d_model: int | None, path: 
         rows = entry.get("member_original_idx")
         if rows is None:
             raise UserError(f"circuit {number} of {path} does not name the members of its cluster; run stage 5 again")
-    neurons, scores, scored = _candidates(entry.get("metadata_topn") or {}, args, d_model, path)
+    candidates = _candidates(entry.get("metadata_topn") or {}, args, d_model, path)
     return Circuit(
         int(number),
         str(entry.get("circuit_label", "")),
@@ -131,28 +133,22 @@ def _circuit(entry: dict[str, Any], args: Namespace, d_model: int | None, path: 
         entry.get("coefficient_sign"),
         entry.get("cluster_index"),
         None if rows is None else tuple(int(row) for row in rows),
-        neurons,
-        scores,
-        scored,
+        *candidates,
     )
 
 
 def _candidates(
     topn: dict[str, Any], args: Namespace, d_model: int | None, path: Path
-) -> tuple[tuple[Neuron, ...], np.ndarray, np.ndarray]:
-    """Candidate neurons with scores, layer by layer, ascending inside a layer."""
+) -> tuple[tuple[Neuron, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """Candidate neurons with scores, `scored` and strengths, layer by layer, ascending inside a layer."""
     units = topn.get("neurons") or topn.get("mlp_neurons")
     if units is None:
         width = topn.get("d_model") or d_model
         if width is None:
             raise UserError(f"{path} lists nodes or edges but no d_model; run stage 5 again")
         units = {label: range(width) for label in _labels_of_components(topn)}
-    score_of = {}
-    for key, value in (topn.get("neuron_label_score") or {}).items():
-        match = _SCORE_KEY.match(key)
-        if match is None:
-            raise UserError(f"{path} has a score for {key!r}, which is not a neuron like ('m12', 345)")
-        score_of[match["label"], int(match["index"])] = float(value)
+    score_of = _by_neuron(topn.get("neuron_label_score"), path)
+    strength_of = _by_neuron(topn.get("neuron_label_magnitude"), path)
     labels = [label for label in units if not (args.mlp_neurons_only and parse_label(label)[1] is not None)]
     if args.last_k_layers is not None:
         kept = sorted({parse_label(label)[0] for label in labels if parse_label(label)[1] is None})[
@@ -160,12 +156,25 @@ def _candidates(
         ]
         labels = [label for label in labels if parse_label(label)[1] is not None or parse_label(label)[0] in kept]
     neurons = [Neuron(label, index) for label in labels for index in sorted({int(index) for index in units[label]})]
-    scores = np.array([score_of.get((n.layer_label, n.index), 0.0) for n in neurons])
-    scored = np.array([(n.layer_label, n.index) in score_of for n in neurons], dtype=bool)
-    if args.top_k_neurons is not None and args.top_k_neurons < len(neurons):
-        kept = np.sort(np.argsort(-np.abs(scores), kind="stable")[: args.top_k_neurons])
-        neurons, scores, scored = [neurons[i] for i in kept], scores[kept], scored[kept]
-    return tuple(neurons), scores, scored
+    keys = [(neuron.layer_label, neuron.index) for neuron in neurons]
+    scores = np.array([score_of.get(key, 0.0) for key in keys])
+    scored = np.array([key in score_of for key in keys], dtype=bool)
+    strengths = np.array([abs(strength_of.get(key, score)) for key, score in zip(keys, scores, strict=True)])
+    kept = np.arange(len(neurons))
+    if args.top_k_neurons is not None:
+        kept = np.sort(np.argsort(-strengths, kind="stable")[: args.top_k_neurons])
+    return tuple(neurons[i] for i in kept), scores[kept], scored[kept], strengths[kept]
+
+
+def _by_neuron(values: dict[str, float] | None, path: Path) -> dict[tuple[str, int], float]:
+    """Values of a manifest that are keyed by the text of a (layer label, index) tuple."""
+    found = {}
+    for key, value in (values or {}).items():
+        match = _SCORE_KEY.match(key)
+        if match is None:
+            raise UserError(f"{path} has a score for {key!r}, which is not a neuron like ('m12', 345)")
+        found[match["label"], int(match["index"])] = float(value)
+    return found
 
 
 def _labels_of_components(topn: dict[str, Any]) -> list[str]:

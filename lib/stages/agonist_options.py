@@ -61,7 +61,7 @@ def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("candidates")
     group.add_argument("--mlp_neurons_only", action="store_true", help="leave out units of attention heads")
     group.add_argument(
-        "--top_k_neurons", type=positive_int, default=None, help="keep the K largest |scores| of each rule"
+        "--top_k_neurons", type=positive_int, default=None, help="keep the K strongest attributions of each rule"
     )
     group.add_argument(
         "--last_k_layers", type=positive_int, default=None, help="keep MLP units of the last K layers only"
@@ -103,7 +103,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--search",
         choices=["attribution", "bisect"],
         default="attribution",
-        help="one forest over all layers, strongest |score| first, or (published) random halves per layer",
+        help="one forest over all layers, strongest attribution first, or (published) random halves per layer",
     )
     group.add_argument(
         "--sign_split_first", action="store_true", help="split first by the sign of the attribution score"

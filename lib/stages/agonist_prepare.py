@@ -182,7 +182,7 @@ class RulePreparer:
         if args.max_noise < 1.0 and len(noise):
             positions = np.concatenate([start + place for start, place in zip(starts, places, strict=True)])
             generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
-            noise = noise_rates(oracle, circuit.scores, positions, generator)
+            noise = noise_rates(oracle, circuit.strengths, positions, generator)
         limits = {"max_noise": args.max_noise, "n_confirm": args.n_confirm}
         limits["n_needed"] = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
         parts = zip(starts, agrees, places, np.split(noise, [len(places[0])]), self._wanted, strict=True)

@@ -117,7 +117,8 @@ class RuleSearch:
         if options.order is SearchOrder.ATTRIBUTION:
             layers = np.array([neuron.layer for neuron in circuit.neurons])
             limit = options.max_group_size or (_NEGATIVE_GROUP_SIZE if self.rule.regime == "negative" else None)
-            return attribution_forest(circuit.scores, layers, sign_split=options.sign_split, max_group_size=limit)
+            signs = circuit.scores if options.sign_split else None
+            return attribution_forest(circuit.strengths, layers, signs=signs, max_group_size=limit)
         labels = list(dict.fromkeys(neuron.layer_label for neuron in circuit.neurons))
         generators = [self._generator(label) for label in labels]
         has_scores = np.array([circuit.scored[members].any() for members in circuit.layers])

@@ -52,6 +52,7 @@ _CIRCUIT_SETTINGS = (
     "circuit_level",
     "circuit_size",
     "absolute_value_attributions",
+    "rank_by",
     "include_zero_scores",
     "fallback_to_full_network",
     "check_units",
@@ -338,14 +339,23 @@ class CircuitDiscovery:
             absolute=args.absolute_value_attributions,
             include_zeros=args.include_zero_scores,
             mlp_only=args.mlp_neurons_only,
+            magnitudes=self._magnitudes(arrays),
         )
+
+    def _magnitudes(self, arrays: dict[str, Any]) -> ScoreTable | None:
+        """What neurons are ranked by; None if by score: because that was asked for, or there is nothing else."""
+        args = self.args
+        by_magnitude = args.rank_by == "magnitude" and args.absolute_value_attributions
+        if not by_magnitude or self.level is not CircuitLevel.NEURON or "mlp_magnitude" not in arrays:
+            return None
+        return ScoreTable.from_arrays(self.layout, arrays, "_magnitude")
 
     def _order_check(self, arrays: dict[str, Any], pairs: list[Pair], job: PairJob) -> dict[str, Any] | None:
         """Scores against the exact effect of the ablation that follows, on a few units and pairs."""
         args = self.args
         if not args.check_units or self.level is CircuitLevel.EDGE:
             return None
-        table = ScoreTable.from_arrays(self.layout, arrays)
+        table = self._magnitudes(arrays) or ScoreTable.from_arrays(self.layout, arrays)
         is_row = self.layout.is_mlp() if args.mlp_neurons_only else np.arange(self.layout.n_rows) > 0
         candidates = np.flatnonzero(np.repeat(is_row, self.layout.d_model))
         generator = rng(args.seed, "stage5", "order check", job.circuit_id)

@@ -81,7 +81,8 @@ def _subset(circuit: Circuit, args: Namespace) -> Circuit:
     generator = rng(args.seed, "validate_recall", circuit.target, circuit.circuit_id)
     kept = np.sort(generator.choice(n, args.n_candidates, replace=False))
     neurons = tuple(circuit.neurons[i] for i in kept)
-    return replace(circuit, neurons=neurons, scores=circuit.scores[kept], scored=circuit.scored[kept])
+    parts = {name: getattr(circuit, name)[kept] for name in ("scores", "scored", "strengths")}
+    return replace(circuit, neurons=neurons, **parts)
 
 
 def _rule_rows(

@@ -220,7 +220,15 @@ def test_audit_interval_covers_the_true_recall():
     assert covered >= 34
 
 
-# ---------------------------------------------------------------- cost
+# ---------------------------------------------------------------- order and cost
+
+
+def test_forest_orders_by_strength_and_splits_by_sign():
+    strengths, signs = np.array([1.0, 5.0, 3.0, 4.0, 2.0]), np.array([0.5, -0.1, 3.0, 0.0, -2.0])
+    forest = attribution_forest(strengths, signs=signs)
+    assert forest.order.tolist() == [3, 2, 0, 1, 4]
+    assert forest.starts.tolist() == [0, 3] and forest.ends.tolist() == [3, 5]
+    assert attribution_forest(strengths).order.tolist() == [1, 3, 2, 4, 0]
 
 
 def test_sparse_agonists_cost_about_k_log_n_over_k():

@@ -88,9 +88,11 @@ def test_units_keep_their_published_spelling_and_rank_order(finished):
     scores = meta["neuron_label_score"]
     assert len(scores) == 20
     assert all(label.startswith("('m") for label in scores)
-    magnitudes = [abs(score) for score in scores.values()]
-    assert magnitudes == sorted(magnitudes, reverse=True)
-    assert meta["threshold"] == list(scores.values())[-1]
+    magnitudes = meta["neuron_label_magnitude"]
+    assert meta["ranked_by"] == "magnitude" and list(magnitudes) == list(scores)
+    assert list(magnitudes.values()) == sorted(magnitudes.values(), reverse=True)
+    assert all(abs(scores[label]) <= magnitude * (1 + 1e-6) for label, magnitude in magnitudes.items())
+    assert meta["threshold"] == list(magnitudes.values())[-1]
     units = [f"('{label}', {i})" for label, members in meta["neurons"].items() for i in members]
     assert set(units) == set(scores)
     # indices = component row * d_model + coordinate, rows counting the input first and 4 heads before each MLP.
@@ -146,6 +148,13 @@ def test_changed_settings_are_noticed(world):
     two = run_elsewhere(world, "changing", "--method", "EAP")
     assert one[0]["metadata_topn"]["neuron_label_score"] != two[0]["metadata_topn"]["neuron_label_score"]
     assert two[0]["metadata_topn"]["method"] == "EAP"
+
+
+def test_published_ranking_is_by_the_signed_sum(world):
+    meta = run_elsewhere(world, "by_score", "--rank_by", "score")[0]["metadata_topn"]
+    strengths = [abs(score) for score in meta["neuron_label_score"].values()]
+    assert meta["ranked_by"] == "score" and "neuron_label_magnitude" not in meta
+    assert strengths == sorted(strengths, reverse=True)
 
 
 def test_a_share_of_the_candidates(world):

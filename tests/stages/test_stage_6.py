@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from argparse import Namespace
 
+import numpy as np
 import pytest
 
 import lib.modeling_and_ablation
 import lib.stages.agonist_model
+from lib.artifacts import write_json
+from lib.stages.agonist_inputs import read_circuits
 from tests.scripts import run_script
 from tests.stages.agonist_world import (
     AGONISTS,
@@ -207,6 +211,20 @@ def test_published_search_has_one_root_per_layer_split_by_sign(world):
     pruned = [record for record in rule["ablations"] if record.get("stop_reason") == "max_effect_below_epsilon"]
     assert pruned and all(record["max_effect"] < 0.2 for record in pruned)
     assert {record["stop_reason"] for record in rule["ablations"] if record["group_size"] == 1} == {"single_neuron"}
+
+
+def test_candidates_are_ordered_by_magnitude_where_stage_5_gives_it(tmp_path):
+    make_world(tmp_path)
+    path = tmp_path / "nc" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    scores = manifest[0]["metadata_topn"]["neuron_label_score"]
+    manifest[0]["metadata_topn"]["neuron_label_magnitude"] = {key: float(n) for n, key in enumerate(scores)}
+    write_json(path, manifest)
+    options = Namespace(cluster_by_spectral=False, mlp_neurons_only=True, last_k_layers=None, top_k_neurons=3)
+    with_magnitude, without = read_circuits(path, options)
+    assert [str(neuron) for neuron in with_magnitude.neurons] == ["m2:17", "m2:18", "m2:19"]
+    assert with_magnitude.strengths.tolist() == [57, 58, 59]
+    assert (np.abs(without.scores) == without.strengths).all() and without.strengths.min() > 1
 
 
 def test_audit_reports_recall_with_interval(world):
