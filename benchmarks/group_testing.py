@@ -75,7 +75,7 @@ class World:
 def calm_world(world: World, n_points: int) -> World:
     """The world on datapoints that random weak groups rarely flip."""
     noise = noise_rates(PlantedOracle(world.flips), world.scores, np.arange(n_points), rng(0, "noise"))
-    calm = np.flatnonzero(noise <= 0.25)
+    calm = np.flatnonzero(noise <= 0.2)
     associated, unrelated = calm[:N_POINTS], calm[N_POINTS : 2 * N_POINTS]
     slices = Slices(associated, unrelated, (noise[associated] + 0.02, noise[unrelated] + 0.02))
     return World(f"{world.name}, calm", world.flips, world.scores, slices, world.n_agonists)

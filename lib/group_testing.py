@@ -22,7 +22,7 @@ from lib.confidence_bounds import LookPlan, plan_looks, upper_flip_rate
 from lib.search_orders import NO_CUT, PLAIN_CUT, Forest
 
 ASSOCIATED, UNRELATED = 0, 1
-DEFAULT_LOOKS = (8, 16, 32)
+DEFAULT_LOOKS = (8, 20, 32, 48)
 _MAX_GROUPS_PER_CALL = 1 << 16
 
 

@@ -50,7 +50,7 @@ def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_noise",
         type=float,
-        default=0.25,
+        default=0.2,
         help="replace search datapoints that more than this share of random weak groups flips; 1 keeps all",
     )
     group.add_argument("--n_confirm", type=int, default=64, help="fresh datapoints per slice to confirm agonists on")
@@ -115,7 +115,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--looks",
         type=positive_int,
         nargs="+",
-        default=[8, 16, 32],
+        default=[8, 20, 32, 48],
         metavar="N",
         help="datapoints per slice after which a group may be decided early",
     )

@@ -15,10 +15,13 @@ from lib.stages.agonist_inputs import Circuit, SamplingPlan
 from lib.text_and_rules import parse_rule
 
 SIDES = ("associated", "unrelated")
-_NOISE_GROUPS = 16
-_NOISE_GROUP_SIZE = 32
-_CANDIDATES_PER_MEMBER = 64
-"""Among few candidates noise groups are smaller, so that they rarely hold an agonist."""
+_NOISE_GROUP_SHARES = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
+"""Sizes of noise groups, as shares of the candidates: what is fragile shows in groups as large as those searched."""
+_NOISE_GROUPS_PER_SIZE = 4
+_WEAK_FROM = 1 / 16
+"""Share of the candidates, the strongest, that noise groups leave out."""
+_LOUD = 0.25
+"""A noise group that flips more of the datapoints than this holds an agonist, or is too large to tell anything."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,15 @@ def noise_rates(
     """Share of random groups of weak candidates that flip each datapoint, [datapoint].
 
     A datapoint that hangs by a hair flips under nearly any group: it tells no candidate from another, and a few such
-    datapoints keep every group from being pruned. Groups come from the half with the lower |attribution|; one that
-    flips most of the datapoints holds an agonist and is left out. scores: attribution [candidate].
+    datapoints keep every group from being pruned. Groups of several sizes leave out the strongest candidates; one that
+    flips many of the datapoints is not counted. scores: attribution [candidate].
     """
-    weak = np.argsort(np.abs(scores), kind="stable")[: max(1, len(scores) // 2)]
-    size = min(_NOISE_GROUP_SIZE, max(1, len(scores) // _CANDIDATES_PER_MEMBER))
-    drawn = [tuple(np.sort(generator.choice(weak, size, replace=False)).tolist()) for _ in range(_NOISE_GROUPS)]
+    n = len(scores)
+    weak = np.argsort(-np.abs(scores), kind="stable")[int(_WEAK_FROM * n) :]
+    sizes = sorted({max(1, int(share * n)) for share in _NOISE_GROUP_SHARES}) * _NOISE_GROUPS_PER_SIZE
+    drawn = [tuple(np.sort(generator.choice(weak, size, replace=False)).tolist()) for size in sizes]
     flips = np.asarray(oracle(list(dict.fromkeys(drawn)), datapoints))
-    quiet = flips[flips.mean(axis=1) <= 0.5]
+    quiet = flips[flips.mean(axis=1) <= _LOUD]
     return quiet.mean(axis=0) if len(quiet) else np.zeros(len(datapoints))
 
 
