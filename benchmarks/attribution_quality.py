@@ -3,8 +3,9 @@
 Model: SmolLM2-135M. Rule: sums against other operators, two-shot arithmetic, operands 0..17. Truth, for uniformly drawn
 MLP-write coordinates: the flip rate (right -> wrong) on correctly answered sums, and the mean absolute change of the
 answer's log-probability, both under stage 6's default ablation (mean-positional, answer positions). Prints, for each
-method, Spearman's rank correlation of |score| with both, the overlap of the top 100 with the exact top 100 (by
-log-probability change), and the area under the ROC curve for units that flip at least 1 in 20.
+method, Spearman's rank correlation of its ranking with both, the overlap of the top 100 with the exact top 100 (by
+log-probability change), and the area under the ROC curve for units that flip at least 1 in 20. Rankings are by the
+|signed sum| over pairs, as published, and, marked |.|, by the sum over pairs of |score|.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from lib.modeling_and_ablation import LanguageModel
 
 N_TOP = 100
+DEFAULT_RANKING = "EAP-IG-inputs mean-pos |.|"
+"""What the pipeline ranks by: magnitudes of the replacement that is ablated."""
 MAX_NEW_TOKENS = 3
 
 
@@ -73,7 +76,7 @@ def exact_flip_rates(
 
 
 def methods() -> dict[str, AttributionSettings]:
-    """What is compared; the first is the default."""
+    """What is compared."""
     from lib.eap.metrics import Metric
     from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method
 
@@ -164,7 +167,7 @@ def main() -> None:
         f"{'(exact log-prob change)':<32}{1:>14.3f}{self_agreement:>12.3f}{1:>9.2f}"
         f"{area_under_curve(effects, flip_rates >= 0.05):>11.3f}"
     )
-    default, compatible = rows["EAP-IG-inputs"], rows["EAP-IG-inputs mlp_in"]
+    default, compatible = rows[DEFAULT_RANKING], rows["EAP-IG-inputs mlp_in"]
     print(f"spearman_default={default[0]:.3f} spearman_mlp_in={compatible[0]:.3f} top100_overlap={default[2]:.2f}")
 
 
