@@ -51,12 +51,16 @@ class NaiveLoop:
 
     def answers(self, group: Sequence[Neuron]) -> list[str]:
         """Answers of all datapoints with the group ablated at every answer-producing position."""
+        return [self.lm.generation(row).answer for row in self.tokens_under(group, MAX_NEW_TOKENS)]
+
+    def tokens_under(self, group: Sequence[Neuron], max_new_tokens: int) -> list[list[int]]:
+        """Greedily decoded tokens of all datapoints under that ablation, stop tokens and what follows included."""
         lm = self.lm
         cache = copy.deepcopy(self.cache)
         token, mask = self.tokens[:, -1:], self.mask
         generated = []
         with torch.inference_mode():
-            for step in range(MAX_NEW_TOKENS):
+            for step in range(max_new_tokens):
                 positions = (self.lengths - 1 + step)[:, None]
                 handles = self._hooks(group, positions)
                 output = lm.model(
@@ -67,7 +71,7 @@ class NaiveLoop:
                 token = output.logits[:, -1].argmax(-1, keepdim=True)
                 generated.append(token)
                 mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        return [lm.generation(row).answer for row in torch.cat(generated, 1).tolist()]
+        return torch.cat(generated, 1).tolist()
 
     def _hooks(self, group: Sequence[Neuron], positions: torch.Tensor) -> list:
         handles = []
@@ -101,9 +105,7 @@ def compare(name: str, groups: list[list[Neuron]], engine: AblationEngine, naive
     datapoints = range(N_DATAPOINTS)
     expected = [naive.answers(group) for group in groups]
     result = engine.answers(groups, datapoints)
-    actual = [
-        [result.texts.get((g, d), engine.baseline_answers[d]) for d in datapoints] for g in range(len(groups))
-    ]
+    actual = [[result.texts.get((g, d), engine.baseline_answers[d]) for d in datapoints] for g in range(len(groups))]
     naive_times, engine_times, peaks = [], [], []
     for _ in range(repeats):
         peaks.append(matmul_peak())

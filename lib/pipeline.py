@@ -75,6 +75,9 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
                        help="candidates kept by attribution")
     group.add_argument("--max_number_of_circuits_to_analyze", type=int, default=-1,
                        help="rules taken to stages 5 and 6, in file order; -1: all")
+    group.add_argument("--max_number_of_circuits_to_search", type=int, default=-1,
+                       help="of these, circuits taken to stage 6; -1: all. Unlike the limit above it leaves stage 5's "
+                       "files as they are for other runs that share them")
     group.add_argument("--min_flip_rate", type=_rate, default=DEFAULT_MIN_FLIP_RATE,
                        help="smallest flip rate worth finding")
     group.add_argument("--eval_intervention", default="mean-positional", choices=INTERVENTIONS,

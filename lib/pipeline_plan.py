@@ -169,6 +169,8 @@ class PipelinePlan:
         flags = ["--fast_ablation"] * self.paths.choices.fast_anchoring + ["--decode_only"] * args.decode_only
         flags += ["--mlp_neurons_only"] * args.mlp_neurons_only
         flags += ["--cluster_by_spectral"] * self.paths.choices.spectral_splits
+        if args.max_number_of_circuits_to_search > 0:
+            flags += ["--max_n_of_rules_to_analyze", str(args.max_number_of_circuits_to_search)]
         if self.paths.choices.spectral_anchoring:
             plan = str(self.paths.anchoring_plan(regime))
             flags += ["--sampling_strategy", "plan", "--sampling_plan_path", plan]

@@ -51,7 +51,7 @@ class Cell:
     """One run and what is in its files.
 
     flips: neuron -> rows that it flips. rules: rows of the rule tables, as written. effects: regime -> neuron ->
-    max_effect. circuits: regime -> one dict per circuit with `circuit_id`, `n_groups`, `units` (candidates), `agonists`.
+    max_effect. circuits: regime -> one dict per circuit: `circuit_id`, `n_groups`, `units` (candidates), `agonists`.
     """
 
     task: str

@@ -107,7 +107,7 @@ def read_circuits(path: Path, args: Namespace, d_model: int | None = None) -> li
             f"{path} has no {kind} circuit that was analysed; run stage 5 again"
             + ("" if args.cluster_by_spectral else ", or give --cluster_by_spectral if it was run by clusters")
         )
-    circuits = [_circuit(entry, args, d_model, path) for entry in wanted]
+    circuits = [_circuit(entry, args, d_model, path) for entry in wanted[: args.max_n_of_rules_to_analyze]]
     numbers = [(circuit.target, circuit.circuit_id) for circuit in circuits]
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{path} names a circuit twice; run stage 5 again")

@@ -59,6 +59,12 @@ def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     """Which neurons it tests."""
     group = parser.add_argument_group("candidates")
+    group.add_argument(
+        "--max_n_of_rules_to_analyze",
+        type=positive_int,
+        default=None,
+        help="search the first K circuits of stage 5's manifest only",
+    )
     group.add_argument("--mlp_neurons_only", action="store_true", help="leave out units of attention heads")
     group.add_argument(
         "--top_k_neurons", type=positive_int, default=None, help="keep the K strongest attributions of each rule"

@@ -70,6 +70,9 @@ def stage_record(inputs: Inputs, regime: str, folder: Path) -> StageRecord:
     from lib.modeling_and_ablation import model_identity
 
     settings = {key: value for key, value in vars(inputs.args).items() if key not in _NO_RESULT}
+    if inputs.args.max_n_of_rules_to_analyze is None:
+        # Not among the settings when not given: results of before this flag existed stay valid.
+        del settings["max_n_of_rules_to_analyze"]
     settings |= {
         "model": model_identity(inputs.info.ai_model),
         "task": inputs.task.settings.to_json(),

@@ -56,7 +56,7 @@ def validate(args: Namespace, report: Report) -> None:
     from lib.stages.agonist_model import AgonistModel
 
     inputs = read_inputs(args)
-    inputs = replace(inputs, circuits=[_subset(circuit, args) for circuit in inputs.circuits[: args.max_rules]])
+    inputs = replace(inputs, circuits=[subset(circuit, args) for circuit in inputs.circuits[: args.max_rules]])
     model = AgonistModel(args, inputs, report)
     output = Path(args.output_data_dir)
     rows: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def validate(args: Namespace, report: Report) -> None:
     report.line(_figures(rows))
 
 
-def _subset(circuit: Circuit, args: Namespace) -> Circuit:
+def subset(circuit: Circuit, args: Namespace) -> Circuit:
     """The circuit with `--n_candidates` of its candidates, drawn at random."""
     n = len(circuit.neurons)
     if args.n_candidates >= n:
