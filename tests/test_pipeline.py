@@ -74,6 +74,7 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
     "", "--max_operand 9 --operators +- --few_shot 2 --limit 50 --max_new_tokens 3",
     "--spectral_circuit_discovery --spectral_anchoring_plan --decode_only --mlp_neurons_only --z_thresh 10 --force",
     "--quiet",
+    "--slow_anchoring --max_number_of_circuits_to_search 1",
     "--incorrect_rules --slow_anchoring --include_zero_scores --ai_model_cache_dir weights",
     "--spectral_splits --max_number_of_circuits_to_analyze 1 --decode_only",
     "--feature_model openai:some-model --base_url http://localhost:8000/v1", "--no_llm",

@@ -220,7 +220,8 @@ def test_candidates_are_ordered_by_magnitude_where_stage_5_gives_it(tmp_path):
     scores = manifest[0]["metadata_topn"]["neuron_label_score"]
     manifest[0]["metadata_topn"]["neuron_label_magnitude"] = {key: float(n) for n, key in enumerate(scores)}
     write_json(path, manifest)
-    options = Namespace(cluster_by_spectral=False, mlp_neurons_only=True, last_k_layers=None, top_k_neurons=3)
+    options = Namespace(cluster_by_spectral=False, mlp_neurons_only=True, last_k_layers=None, top_k_neurons=3,
+                        max_n_of_rules_to_analyze=None)
     with_magnitude, without = read_circuits(path, options)
     assert [str(neuron) for neuron in with_magnitude.neurons] == ["m2:17", "m2:18", "m2:19"]
     assert with_magnitude.strengths.tolist() == [57, 58, 59]
