@@ -1,0 +1,247 @@
+"""The experiments as steps: `python -m lib.grid_plans experiments|sensitivity|resample|tables`, behind four shells.
+
+TASKS, MODELS and MODES (lists separated by spaces or commas) restrict the grid; EXTRA_FLAGS, and everything after
+`--`, goes to every pipeline run. A step that fails does not stop the others: the exit code is then 1 and the failed
+ones are listed at the end. Finished runs are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib.cli import Report, UserError
+from lib.grid import EVAL_INTERVENTION, MODELS, Cell, Selection, extra_flags, sensitivity_cells
+from lib.grid_runner import REPOSITORY, Step, cell_paths, cell_step, one_data_root, parse_pipeline, run_steps
+from lib.pipeline_plan import MEAN_POINTS, PipelinePlan
+from lib.reporting.naming import RunMode
+from lib.run_names import RunPaths
+
+PYTHON = sys.executable
+CANDIDATE_INTERVENTION = "mean-donor"
+QUALITY_THRESHOLDS = ("0.50", "0.60", "0.70", "0.75", "0.80", "0.85")
+TABLES_ROOT = Path("paper_tables")
+
+
+def _coverage() -> list[str]:
+    return ["--min_rule_dataset_coverage", os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")]
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def experiments(extra: Sequence[str]) -> list[Step]:
+    """Every cell; after each task the comparisons of its run modes and models, at the end those of all tasks."""
+    selection = Selection.from_environment()
+    cells = selection.cells()
+    data_root = one_data_root(cells, extra)
+    out = data_root / "aggregated_visualizations"
+    steps: list[Step] = []
+    for task in selection.tasks:
+        steps += [cell_step(cell, extra) for cell in cells if cell.task == task]
+        steps.append(_stage_8(data_root / task, out / task / "run_modes", f"run modes of {task}"))
+        steps.append(Step(f"models of {task}", [
+            PYTHON, "9_compare_models.py", "--task_dir", str(data_root / task), "--out_dir", str(out / task),
+            "--tau", "0.2", "--eps", "0.2", "--score_scope", "test", *_coverage()]))
+    steps.append(_stage_8(data_root, out, "run modes of all tasks"))
+    sweep = out / "aggregated_by_task" / "threshold_sweep_all_tasks_all_llms.csv"
+    steps.append(Step("paired comparison of the methods", [
+        PYTHON, "10_compute_threshold_sweep_stats.py", "--csv", str(sweep), "--score_scope", "test",
+        "--out_dir", str(out / "method_comparison"), *_coverage()]))
+    return steps
+
+
+def _stage_8(stats_path: Path, out_dir: Path, title: str) -> Step:
+    return Step(title, [
+        PYTHON, "8_compare_experiments.py", "--stats_path", str(stats_path), "--out_dir", str(out_dir),
+        "--rule_quality_metric", "mcc", "--best_mode", "tail@0.9", "--thr_min", "0.70", "--thr_max", "0.99",
+        "--thr_step", "0.01", "--score_scope", "test", *_coverage()])
+
+
+def sensitivity(extra: Sequence[str]) -> list[Step]:
+    """One factor at a time (SIZES, RATES), then stage 11 for each task and model."""
+    selection = Selection.from_environment(tasks=("arithmetic", "bon_jailbreaking"), models=MODELS[:1])
+    scopes = os.environ.get("SENSITIVITY_SCORE_SCOPE", "test,all_fit")
+    cells = sensitivity_cells(selection)
+    steps = []
+    for task in selection.tasks:
+        for model in selection.models:
+            steps += [cell_step(cell, extra) for cell in cells if (cell.task, cell.model) == (task, model)]
+            main = cell_paths(Cell(task, model, RunMode.SPECTRAL_PLAN), extra)
+            out = TABLES_ROOT / "sensitivity_summary" / task / main.model_dir.relative_to(
+                main.data_root / task).as_posix().replace("/", "_")
+            steps.append(Step(f"sensitivity of {task} / {model}", [
+                PYTHON, "11_summarize_sensitivity_analysis.py", "--stats_root", str(main.stats_dir.parent),
+                "--out_dir", str(out), "--baseline_run_name", main.choices.run_name, "--score_scope", scopes,
+                "--quality_thresholds", *QUALITY_THRESHOLDS, *_coverage()]))
+    return steps
+
+
+# ---------------------------------------------------------------- another intervention
+
+
+@dataclass(frozen=True)
+class RecheckPaths(RunPaths):
+    """The main run's circuits and plans, with folders of their own for what another intervention changes."""
+
+    intervention: str = CANDIDATE_INTERVENTION
+
+    @property
+    def agonists_dir(self) -> Path:
+        """Beside the main run's, with the intervention's name."""
+        return self.discovery_dir / f"{self.choices.bag_label}-{self.intervention}"
+
+    @property
+    def flip_rules_dir(self) -> Path:
+        """A tree of its own: rules of another intervention are other rules."""
+        return self.rules_dir / f"neuron_flip_rules_{self.intervention}"
+
+    @property
+    def stats_dir(self) -> Path:
+        """The run's name with the intervention's."""
+        return self.flip_rules_dir / "stats" / f"{self.choices.run_name}-{self.intervention}"
+
+
+class RecheckPlan(PipelinePlan):
+    """The pipeline's stages 6 and 7 under another intervention, with as many mean points: nothing else changes."""
+
+    def _mean_points(self) -> list[str]:
+        return ["--points_to_use_for_mean_ablation", os.environ.get("MEAN_POINTS", str(MEAN_POINTS))]
+
+    def _flips(self):  # noqa: ANN202
+        call = super()._flips()
+        arguments = list(call.arguments)
+        arguments[arguments.index("--stats_dirname") + 1] = self.paths.stats_dir.name
+        return replace(call, arguments=arguments)
+
+
+def resample(extra: Sequence[str]) -> list[Step]:
+    """The main run, its stages 6 and 7 again with donors instead of means, and what shifts between the two."""
+    selection = Selection.from_environment(tasks=("arithmetic",), models=(MODELS[1],), modes=(RunMode.SPECTRAL_PLAN,))
+    kind = os.environ.get("CANDIDATE_INTERVENTION", CANDIDATE_INTERVENTION)
+    steps = []
+    for cell in selection.cells():
+        base = cell_paths(cell, extra)
+        args = parse_pipeline(cell.pipeline_arguments([*extra, "--eval_intervention", kind]))
+        paths = RecheckPaths(*(getattr(base, name) for name in RunPaths.__dataclass_fields__), intervention=kind)
+        steps.append(cell_step(cell, extra))
+        steps += [Step(f"{cell.title} with {kind}: {call.title}", [PYTHON, call.script, *call.arguments])
+                  for call in RecheckPlan(args, paths).calls() if call.stage in (6, 7)]
+        steps += _shift_steps(cell, base, paths)
+    return steps
+
+
+def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[Step]:
+    model = base.model_dir.relative_to(base.data_root / base.task).as_posix().replace("/", "__")
+    out = Path("intervention_shift") / base.task / model / f"{EVAL_INTERVENTION}_vs_{candidate.intervention}"
+    steps = []
+    for scope, folder, suffix in (("test", out, ""), ("all_fit", out / "all_fit", "_all_fit")):
+        steps.append(Step(f"shift of {cell.title}, scope {scope}", [
+            PYTHON, "summarize_intervention_shift.py", "--baseline_dir", str(base.stats_dir),
+            "--candidate_dir", str(candidate.stats_dir), "--output_dir", str(folder),
+            "--output_csv", str(folder / f"intervention_shift_summary{suffix}.csv"),
+            "--baseline_label", EVAL_INTERVENTION, "--candidate_label", candidate.intervention,
+            "--task_name", base.task, "--model_name", base.ai_model, "--hq_score_scope", scope]))
+    return steps
+
+
+# ---------------------------------------------------------------- tables
+
+
+def add_tables_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of run_paper_tables_generation.sh; dashes and underscores are the same."""
+    parser.add_argument("data_root", nargs="?", default="data", help="folder of results, or a .zip of it")
+    parser.add_argument("out_dir", nargs="?", default="paper_tables", help="where the tables go")
+    parser.add_argument("--test_threshold", "--primary_threshold", type=float, default=0.70, help="MCC of HQ on TEST")
+    parser.add_argument("--all_fit_threshold", type=float, default=0.70, help="MCC of HQ on ALL-FIT")
+    parser.add_argument("--score_scopes", default="test,all_fit", help="scopes of the tables")
+    parser.add_argument("--stats_score_scope", default="both", help="scopes of the method comparison")
+    parser.add_argument("--sample_stat", default="mean", help="per-neuron statistic of the method comparison")
+    parser.add_argument("--n_boot", type=int, default=10_000, help="bootstrap draws of the method comparison")
+    parser.add_argument("--min_rule_dataset_coverage", type=float,
+                        default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")), help="support floor")
+
+
+def tables(args: argparse.Namespace, data_root: Path) -> list[Step]:
+    """The paper's tables, and the comparison of methods on the second."""
+    out, floor = Path(args.out_dir), str(args.min_rule_dataset_coverage)
+    table_2 = str(out / "table2_threshold_sweep_per_run_long.csv")
+    thresholds = (str(args.test_threshold), str(args.all_fit_threshold))
+    only = [piece for name in ("TASKS", "MODELS") if os.environ.get(name)
+            for piece in (f"--{name.lower()}", os.environ[name])]
+    return [
+        Step("paper tables", [
+            PYTHON, "make_paper_tables.py", "--data_root", str(data_root), "--out_dir", str(out),
+            "--score_scopes", args.score_scopes, "--table1_coverage_score_scope", "all_fit",
+            "--hq_test_threshold", thresholds[0], "--hq_all_fit_threshold", thresholds[1],
+            "--min_rule_dataset_coverage", floor, *only]),
+        Step("method comparison", [
+            PYTHON, "10_compute_threshold_sweep_stats.py", "--csv", table_2, "--data_root", str(data_root),
+            "--score_scope", args.stats_score_scope, "--sample_stat", args.sample_stat,
+            "--sample_size", "0", "--n_boot", str(args.n_boot), "--primary_threshold", thresholds[0],
+            "--primary_threshold_all_fit", thresholds[1], "--min_rule_dataset_coverage", floor,
+            "--out_dir", str(out / "stats")]),
+    ]
+
+
+def run_tables(args: argparse.Namespace, report: Report) -> int:
+    """Make the tables from a folder, or from an archive that is unpacked for the time it takes."""
+    from lib.reporting.artifacts import unpacked
+
+    data_root = Path(args.data_root)
+    if args.data_root == "data" and not (REPOSITORY / "data").is_dir() and (REPOSITORY / "data.zip").is_file():
+        data_root = REPOSITORY / "data.zip"
+    if not data_root.exists():
+        raise UserError(f"no results at {data_root}; run the experiments, or download the archive (see ARTIFACTS.md)")
+    source = contextlib.nullcontext(data_root) if args.dry_run else unpacked(data_root)
+    with source as folder:
+        return run_steps(tables(args, Path(folder)), report, dry_run=args.dry_run)
+
+
+# ---------------------------------------------------------------- command line
+
+PLANS = {"experiments": experiments, "sensitivity": sensitivity, "resample": resample}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run or print the steps of a plan."""
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(prog="python -m lib.grid_plans", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    plans = parser.add_subparsers(dest="plan", required=True)
+    for name in (*PLANS, "tables"):
+        plan = plans.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        plan.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+        if name == "tables":
+            add_tables_arguments(plan)
+    known = [_underscores(word) for word in argv[:split]]
+    args = parser.parse_args(known)
+    report = Report()
+    try:
+        if args.plan == "tables":
+            return run_tables(args, report)
+        return run_steps(PLANS[args.plan](extra_flags(argv[split + 1:])), report, dry_run=args.dry_run)
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue\n")
+        return 130
+
+
+def _underscores(word: str) -> str:
+    """`--n-boot=5` as `--n_boot=5`: both spellings of a flag are accepted."""
+    if not word.startswith("--"):
+        return word
+    name, sign, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + sign + value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
