@@ -191,14 +191,14 @@ def tables(args: argparse.Namespace, data_root: Path) -> list[Step]:
 
 def run_tables(args: argparse.Namespace, report: Report) -> int:
     """Make the tables from a folder, or from an archive that is unpacked for the time it takes."""
-    from lib.reporting.artifacts import unpacked
+    from lib.reporting.artifacts import open_tree
 
     data_root = Path(args.data_root)
     if args.data_root == "data" and not (REPOSITORY / "data").is_dir() and (REPOSITORY / "data.zip").is_file():
         data_root = REPOSITORY / "data.zip"
     if not data_root.exists():
         raise UserError(f"no results at {data_root}; run the experiments, or download the archive (see ARTIFACTS.md)")
-    source = contextlib.nullcontext(data_root) if args.dry_run else unpacked(data_root)
+    source = contextlib.nullcontext(data_root) if args.dry_run else open_tree(data_root)
     with source as folder:
         return run_steps(tables(args, Path(folder)), report, dry_run=args.dry_run)
 
