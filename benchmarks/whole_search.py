@@ -1,8 +1,9 @@
-"""A whole search: the published one on the naive loop against the default one on the engine, same rule and datapoints.
+"""A whole search: the published one on the naive loop against the default one on the engine, same rule and candidates.
 
-Published: random halves of each layer, every group on all datapoints, each group by hooked greedy decoding from a copy
-of the prompt cache. Default: one forest by attribution, sequential looks, on the engine. Takes the flags of stage 6 and
-needs the files of stages 2 to 5. Prints a table and one line of key=value pairs.
+Published: random halves of each layer, every group on all datapoints of the plan as they come, each group by hooked
+greedy decoding from a copy of the prompt cache. Default: one forest by attribution, calm datapoints, sequential looks,
+on the engine. Takes the flags of stage 6 and needs the files of stages 2 to 5. Prints a table and one line of key=value
+pairs.
 """
 
 from __future__ import annotations
@@ -70,14 +71,17 @@ def run(args: argparse.Namespace, report: Report) -> None:
     args.n_candidates = min(args.n_candidates, _QUICK_CANDIDATES) if args.quick else args.n_candidates
     inputs = read_inputs(args)
     circuit = subset(inputs.circuits[0], args)
-    inputs = replace(inputs, circuits=[circuit])
     model = AgonistModel(args, inputs, report)
     regime = next(iter(regimes_to_run(args, inputs.plan)))[0]
-    preparer = RulePreparer(inputs, regime)
-    rule = preparer.prepare(circuit, preparer.pools(circuit), model.answers_for(regime), GroupTestLog(None, ""))
+
+    def prepared(max_noise: float):  # noqa: ANN202
+        own = replace(inputs, circuits=[circuit], args=argparse.Namespace(**(vars(args) | {"max_noise": max_noise})))
+        preparer = RulePreparer(own, regime)
+        return preparer.prepare(circuit, preparer.pools(circuit), model.answers_for(regime), GroupTestLog(None, ""))
+
     report.line(f"{regime} {circuit.name}, {len(circuit.neurons)} candidates")
-    default = _search(rule, args, {"search": "attribution", "fixed_n": False}, None, report)
-    published = _search(rule, args, {"search": "bisect", "fixed_n": True}, inputs, report)
+    default = _search(prepared(args.max_noise), args, {"search": "attribution", "fixed_n": False}, None, report)
+    published = _search(prepared(1.0), args, {"search": "bisect", "fixed_n": True}, inputs, report)
     share = default.n_evaluations / published.n_evaluations
     common = len(default.found & published.found)
     report.line(
@@ -101,12 +105,12 @@ def _search(rule, args, flags, naive_inputs, report: Report) -> SimpleNamespace:
         answers = FlipOracle(naive, task.is_answer_positive, table.records(oracle.rows))
     bar = tqdm(unit="answer", desc="naive" if naive_inputs is not None else "engine", disable=report.quiet)
     fresh = LoggedOracle(answers, oracle.neurons, oracle.rows, GroupTestLog(None, ""), progress=bar.update)
-    options = rule_options(argparse.Namespace(**(vars(args) | flags | {"fast_ablation": True, "audit_members": 0})))
     started, cpu = time.perf_counter(), time.process_time()
+    options = rule_options(argparse.Namespace(**(vars(args) | flags | {"fast_ablation": True, "audit_members": 0})))
     findings = RuleSearch(replace(rule, oracle=fresh), options).run()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     bar.close()
-    n = findings.result.n_evaluations
+    n = findings.result.n_evaluations + rule.n_noise_evaluations
     report.line(
         f"{flags['search']:12s} {'naive loop' if naive_inputs is not None else 'engine':10s} "
         f"tests {findings.result.n_tests:6d}  evaluations {n:8d}  {seconds:7.1f} s wall  {cpu:7.1f} CPU s  "
