@@ -146,7 +146,9 @@ def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[St
             "--candidate_dir", str(candidate.stats_dir), "--output_dir", str(folder),
             "--output_csv", str(folder / f"intervention_shift_summary{suffix}.csv"),
             "--baseline_label", EVAL_INTERVENTION, "--candidate_label", candidate.intervention,
-            "--task_name", base.task, "--model_name", base.ai_model, "--hq_score_scope", scope]))
+            "--task_name", base.task, "--model_name", base.ai_model, "--hq_score_scope", scope,
+            # Archived runs do not state the coverage of held-out rows: it is then NA, and said to be missing.
+            *["--allow_missing_hq_coverage"] * (scope == "test")]))
     return steps
 
 
