@@ -83,10 +83,13 @@ def line_plot(
         axes = figure.subplots()
         labels = list(dict.fromkeys(data[series]))
         colours = label_colours(labels)
+        names = None if pd.api.types.is_numeric_dtype(data[x]) else list(dict.fromkeys(data[x]))
         for number, label in enumerate(labels):
-            rows = data[data[series] == label].sort_values(x)
+            rows = data[data[series] == label]
+            rows = rows.sort_values(x) if names is None else rows
+            places = rows[x] if names is None else [names.index(name) for name in rows[x]]
             axes.plot(
-                rows[x],
+                places,
                 rows[y],
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=4,
@@ -94,7 +97,9 @@ def line_plot(
                 color=colours[label],
             )
             if low and high and rows[low].notna().any():
-                axes.fill_between(rows[x], rows[low], rows[high], alpha=0.18, color=colours[label], linewidth=0)
+                axes.fill_between(places, rows[low], rows[high], alpha=0.18, color=colours[label], linewidth=0)
+        if names is not None:
+            axes.set_xticks(range(len(names)), [_wrap(str(name), 18) for name in names], fontsize=7)
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if labels:
             axes.legend()
