@@ -37,11 +37,15 @@ def as_text(check: Check) -> str:
     lines += table_of(check.models)
     lines += [str(finding) for finding in sorted(check.findings, key=lambda finding: not finding.is_problem)]
     n_problems = sum(finding.is_problem for finding in check.findings)
-    n_usable = sum(status in ("ok", "empty") for model in check.models for status in model.modes.values())
+    n_modes, n_others = (
+        sum(status in ("ok", "empty") for model in check.models for status in getattr(model, kind).values())
+        for kind in ("modes", "others")
+    )
+    usable = f"{n_modes} runs of the grid's modes and {n_others} others can be used"
     if check.is_fine:
-        lines.append(f"fine: {n_usable} runs can be used; next: bash run_paper_tables_generation.sh")
+        lines.append(f"fine: {usable}; next: bash run_paper_tables_generation.sh")
     else:
-        lines.append(f"{n_problems} problem(s); {n_usable} runs can be used, tables leave out the rest")
+        lines.append(f"{n_problems} problem(s); {usable}, tables leave out the rest")
     return "\n".join(lines)
 
 

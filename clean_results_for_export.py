@@ -39,8 +39,10 @@ def run(args: argparse.Namespace, report: Report) -> None:
             report.line(f"change {record['path']}: {record['change']}")
     size = sum(record["size"] for record in result.kept)
     where = "nothing written (dry run)" if args.dry_run else f"written to {output_dir}"
-    report.line(f"{len(result.kept)} files kept ({size / 1e6:,.1f} MB), {len(result.dropped)} dropped, "
-                f"{len({record['path'] for record in result.normalised})} changed; {where}")
+    report.line(
+        f"{len(result.kept)} files kept ({size / 1e6:,.1f} MB), {len(result.dropped)} dropped, "
+        f"{len({record['path'] for record in result.normalised})} changed; {where}"
+    )
 
 
 main = stage_main(add_arguments, run, description=__doc__)

@@ -18,8 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "which", default="all_supported", help="comma list of table1, table2, table3, table9 ... table13")
     flag(parser, "tasks", default="", help="only these tasks (list)")
     flag(parser, "models", default="", help="only these models (list)")
-    flag(parser, "variant", default=None, help="runs of these sensitivity parts (M2000, tau0.3, main); by default "
-         "those at the main settings, else the commonest")
+    flag(
+        parser,
+        "variant",
+        default=None,
+        help="runs of these sensitivity parts (M2000, tau0.3, main); by default "
+        "those at the main settings, else the commonest",
+    )
     flag(parser, "include_hans_in_main_tables", action="store_true", help="HANS in Tables 1 to 3 and 12 too")
     flag(parser, "strict", action="store_true", help="missing or broken inputs are an error (exit 2), not a note")
     flag(parser, "notes_only", action="store_true", help="only say which tables are not made here")
@@ -28,8 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_rule_arguments(group: argparse._ArgumentGroup) -> None:
-    flag(group, "score_scopes", default="test,all_fit", help="comma list of test (held out), all_fit (descriptive) "
-         "and, on request, test_selected (chosen on TEST: optimistic)")
+    flag(
+        group,
+        "score_scopes",
+        default="test,all_fit",
+        help="comma list of test (held out), all_fit (descriptive) "
+        "and, on request, test_selected (chosen on TEST: optimistic)",
+    )
     flag(group, "hq_test_threshold", type=float, default=0.70, help="MCC of a high-quality neuron on TEST")
     flag(group, "hq_all_fit_threshold", type=float, default=0.70, help="and for ALL-FIT")
     flag(group, "min_rule_dataset_coverage", type=float, default=0.005, help="rules that cover less do not count")
@@ -51,11 +61,21 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     flag(group, "cha_rank_metric", choices=["c2i", "i2c", "flip_any"], default="c2i", help="flips that rank neurons")
     flag(group, "table13_task_a", default="arithmetic", help="first task")
     flag(group, "table13_task_b", default="bon_jailbreaking", help="second task")
-    flag(group, "table13_model", default="Qwen/Qwen2-7B-Instruct", help="model of both")
-    flag(group, "table13_baseline_scope", choices=["both", "positive", "negative", "selected"], default="both",
-         help="baseline regimes whose agonists are joined; selected: that of --baseline_subset")
-    flag(group, "baseline_subset", choices=["positive_baseline", "negative_baseline"], default="positive_baseline",
-         help="for --table13_baseline_scope selected")
+    flag(group, "table13_model", default=None, help="model of both (default: Qwen2-7B if there)")
+    flag(
+        group,
+        "table13_baseline_scope",
+        choices=["both", "positive", "negative", "selected"],
+        default="both",
+        help="baseline regimes whose agonists are joined; selected: that of --baseline_subset",
+    )
+    flag(
+        group,
+        "baseline_subset",
+        choices=["positive_baseline", "negative_baseline"],
+        default="positive_baseline",
+        help="for --table13_baseline_scope selected",
+    )
 
 
 def _numbers(text: str) -> list[str]:

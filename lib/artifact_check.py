@@ -72,8 +72,12 @@ class Check:
         """Look at everything."""
         missing = [name for name in LANDMARKS if not (self.root / name).is_file()]
         if missing:
-            self._add(str(self.root), f"no {', '.join(missing)}: not the repository",
-                      "change to the repository's folder or give --root", is_problem=True)
+            self._add(
+                str(self.root),
+                f"no {', '.join(missing)}: not the repository",
+                "change to the repository's folder or give --root",
+                is_problem=True,
+            )
         data, cache = self._folder("data", needed=True), self._folder("cache", needed=False)
         for place in model_dirs(data) if data else ():
             self._model(*place, cache)
@@ -84,8 +88,13 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for `--json`."""
-        return {"fine": self.is_fine, "doi": DOI, "sizes": self.sizes, "models": [asdict(m) for m in self.models],
-                "findings": [asdict(finding) for finding in self.findings]}
+        return {
+            "fine": self.is_fine,
+            "doi": DOI,
+            "sizes": self.sizes,
+            "models": [asdict(m) for m in self.models],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
     def _add(self, where: str, message: str, remedy: str, is_problem: bool = True) -> None:
         self.findings.append(Finding(where, message, remedy, is_problem))
@@ -109,8 +118,12 @@ class Check:
         if archive.is_file():
             return self._packed(name, archive)
         why = "" if needed else " (the tables do not need it, running stages again does)"
-        self._add(name, f"missing{why}", f"{DOWNLOAD}, put them beside README.md and run: unzip {name}.zip",
-                  needed or self.strict)
+        self._add(
+            name,
+            f"missing{why}",
+            f"{DOWNLOAD}, put them beside README.md and run: unzip {name}.zip",
+            needed or self.strict,
+        )
         return None
 
     def _packed(self, name: str, archive: Path) -> Node | None:
@@ -125,8 +138,12 @@ class Check:
         if not has_content:
             self._add(archive.name, "empty", f"{DOWNLOAD} again")
             return None
-        self._add(archive.name, "still packed (the tables can be made from it as it is)",
-                  f"to unpack it, run: unzip {archive.name}", is_problem=False)
+        self._add(
+            archive.name,
+            "still packed (the tables can be made from it as it is)",
+            f"to unpack it, run: unzip {archive.name}",
+            is_problem=False,
+        )
         return inner if inner.is_dir() else inside
 
     # ------------------------------------------------------------ a task and model
@@ -136,11 +153,19 @@ class Check:
         self.models.append(report)
         for name in ("scores.csv", "features.json"):
             if not (folder / "feature_report" / name).is_file():
-                self._add(f"{task}/{llm}/feature_report/{name}", "missing (stages cannot be run again without it)",
-                          f"{DOWNLOAD} again, or run stage 2", self.strict)
+                self._add(
+                    f"{task}/{llm}/feature_report/{name}",
+                    "missing (stages cannot be run again without it)",
+                    f"{DOWNLOAD} again, or run stage 2",
+                    self.strict,
+                )
         if cache and not _below(cache, f"{task}/{llm}/llm_io_data.pkl").is_file():
-            self._add(f"cache/{task}/{llm}/llm_io_data.pkl", "missing (the tables do not need it)",
-                      "run stage 1 before later stages", is_problem=False)
+            self._add(
+                f"cache/{task}/{llm}/llm_io_data.pkl",
+                "missing (the tables do not need it)",
+                "run stage 1 before later stages",
+                is_problem=False,
+            )
         stats = _below(folder, "rule_extraction_results/neuron_flip_rules/stats")
         for run in sorted((child for child in _children(stats) if child.is_dir()), key=lambda child: child.name):
             name = RunName.parse(run.name)
@@ -156,23 +181,34 @@ class Check:
             faults += search_faults(_below(folder, f"{name.discovery_base}/{METHOD_DIR}/{name.circuit_label}"), name)
         again = ""
         if name and name.mode and not name.variant:
-            again = (f", or run it again: TASKS={task} MODELS={llm} MODES={mode_word(name.mode)} "
-                     "bash run_mecharule_experiments.sh -- --force")
+            again = (
+                f", or run it again: TASKS={task} MODELS={llm} MODES={mode_word(name.mode)} "
+                "bash run_mecharule_experiments.sh -- --force"
+            )
         for fault in faults:
             self._add(f"{task}/{llm}/{run.name}", fault, f"{DOWNLOAD} again{again}")
         return "broken" if faults else "empty" if _n_rows(run / "rule_combo_metrics_test_all.csv") == 0 else "ok"
 
     def _grid(self) -> None:
-        present = {(model.task, model.llm, mode): status for model in self.models
-                   for mode, status in model.modes.items()}
-        absent = [(task, llm, mode_word(mode)) for task in TASKS for llm in MODELS for mode in RunMode
-                  if present.get((task, llm, mode_word(mode)), "missing") == "missing"]
+        present = {
+            (model.task, model.llm, mode): status for model in self.models for mode, status in model.modes.items()
+        }
+        absent = [
+            (task, llm, mode_word(mode))
+            for task in TASKS
+            for llm in MODELS
+            for mode in RunMode
+            if present.get((task, llm, mode_word(mode)), "missing") == "missing"
+        ]
         if len(absent) == len(TASKS) * len(MODELS) * len(RunMode):
             return
         for task, llm, mode in absent:
-            self._add(f"{task}/{llm}/{mode}", "this run of the grid is not there",
-                      f"{DOWNLOAD}, or run: TASKS={task} MODELS={llm} MODES={mode} bash run_mecharule_experiments.sh",
-                      self.strict)
+            self._add(
+                f"{task}/{llm}/{mode}",
+                "this run of the grid is not there",
+                f"{DOWNLOAD}, or run: TASKS={task} MODELS={llm} MODES={mode} bash run_mecharule_experiments.sh",
+                self.strict,
+            )
 
 
 # ---------------------------------------------------------------- looking at files
@@ -243,8 +279,10 @@ def _children(node: Node) -> list[Node]:
 
 
 def _folders(node: Node) -> list[Node]:
-    return sorted((child for child in _children(node) if child.is_dir() and not child.name.startswith((".", "__"))),
-                  key=lambda child: child.name)
+    return sorted(
+        (child for child in _children(node) if child.is_dir() and not child.name.startswith((".", "__"))),
+        key=lambda child: child.name,
+    )
 
 
 def _json_fault(path: Node, label: str = "") -> str | None:

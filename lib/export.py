@@ -160,7 +160,7 @@ def without_local_paths(text: str, data_dir: Path) -> tuple[str, int]:
         n_paths += 1
         for root in roots:
             if match[0] == root or match[0].startswith(root + "/"):
-                return "data" + match[0][len(root):]
+                return "data" + match[0][len(root) :]
         # Results that were moved since: everything from the last folder called data.
         _, found, below = match[0].replace("\\\\", "/").replace("\\", "/").rpartition("/data/")
         return f"data/{below}" if found else below.rpartition("/")[2]
@@ -206,8 +206,10 @@ def replacing(output_dir: Path, *, force: bool) -> Iterator[Path]:
         if not force:
             raise UserError(f"{output_dir} exists; remove it, choose another folder, or give --force to replace it")
         if output_dir.is_symlink() or not (output_dir / MANIFEST_NAME).is_file():
-            raise UserError(f"{output_dir} is not an earlier export (no {MANIFEST_NAME} in it), so --force does not "
-                            "replace it; remove it yourself or choose another folder")
+            raise UserError(
+                f"{output_dir} is not an earlier export (no {MANIFEST_NAME} in it), so --force does not "
+                "replace it; remove it yourself or choose another folder"
+            )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.partial-"))
     try:
@@ -235,8 +237,10 @@ def export(data_dir: Path, output_dir: Path, manifest: Path | None, *, force: bo
     with contextlib.nullcontext() if dry_run else replacing(output_dir, force=force) as target:
         result.run(target)
         if not result.kept:
-            raise UserError(f"nothing in {data_dir} is a result of the pipeline; give the folder that holds "
-                            "<task>/<model>/rule_extraction_results")
+            raise UserError(
+                f"nothing in {data_dir} is a result of the pipeline; give the folder that holds "
+                "<task>/<model>/rule_extraction_results"
+            )
         if target is not None:
             write_json(target / MANIFEST_NAME, result.manifest())
     if manifest is not None:

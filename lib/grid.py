@@ -130,21 +130,24 @@ class Selection:
         return [Cell(task, model, mode) for task in self.tasks for model in self.models for mode in self.modes]
 
 
-def sensitivity_cells(selection: Selection, environment: Mapping[str, str] = os.environ) -> list[Cell]:
-    """One factor at a time: the main run, then other sizes (SIZES) and other thresholds (RATES).
+def sensitivity_cells(selection: Selection, environment: Mapping[str, str] = os.environ) -> list[list[Cell]]:
+    """For each task and model: the main run (at BASE_SIZE), then other sizes (SIZES) and thresholds (RATES) of it.
 
     The published size 80000 also admitted candidates of attribution zero.
     """
-    sizes = _words(environment.get("SIZES", "")) or ("25000", "80000")
+    base = _size(environment.get("BASE_SIZE") or str(DEFAULT_CIRCUIT_SIZE))
+    sizes = [_size(word) for word in _words(environment.get("SIZES", "")) or ("25000", "80000")]
     rates = _words(environment.get("RATES", "")) or ("0.3", "0.4", "0.5")
-    variants = [{}, *({"circuit_size": _size(size)} for size in sizes), *({"min_flip_rate": rate} for rate in rates)]
-    cells = []
-    for task in selection.tasks:
-        for model in selection.models:
-            for variant in variants:
-                zeros = ("--include_zero_scores",) * (variant.get("circuit_size") == 80_000)
-                cells.append(Cell(task, model, RunMode.SPECTRAL_PLAN, more_flags=zeros, **variant))
-    return cells
+    variants = [(base, DEFAULT_MIN_FLIP_RATE), *((size, DEFAULT_MIN_FLIP_RATE) for size in sizes if size != base)]
+    variants += [(base, rate) for rate in rates if rate != DEFAULT_MIN_FLIP_RATE]
+    return [
+        [
+            Cell(task, model, RunMode.SPECTRAL_PLAN, size, rate, ("--include_zero_scores",) * (size == 80_000))
+            for size, rate in variants
+        ]
+        for task in selection.tasks
+        for model in selection.models
+    ]
 
 
 def extra_flags(given: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -168,5 +171,5 @@ def _mode(word: str) -> RunMode:
 
 def _size(word: str) -> int:
     if not (word.isascii() and word.isdigit() and int(word) > 0):
-        raise UserError(f"SIZES names {word!r}, which is not a number of candidates")
+        raise UserError(f"BASE_SIZE or SIZES names {word!r}, which is not a number of candidates")
     return int(word)

@@ -20,7 +20,7 @@ from lib.grid import EVAL_INTERVENTION, MODELS, Cell, Selection, extra_flags, se
 from lib.grid_runner import REPOSITORY, Step, cell_paths, cell_step, one_data_root, parse_pipeline, run_steps
 from lib.pipeline_plan import MEAN_POINTS, PipelinePlan
 from lib.reporting.naming import RunMode
-from lib.run_names import RunPaths
+from lib.run_names import DEFAULT_CIRCUIT_SIZE, RunPaths
 
 PYTHON = sys.executable
 CANDIDATE_INTERVENTION = "mean-donor"
@@ -28,8 +28,20 @@ QUALITY_THRESHOLDS = ("0.50", "0.60", "0.70", "0.75", "0.80", "0.85")
 TABLES_ROOT = Path("paper_tables")
 
 
-def _coverage() -> list[str]:
-    return ["--min_rule_dataset_coverage", os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")]
+def options(**values: object) -> list[str]:
+    """A command line from names and values: `--out_dir x`; a list gives several words, True a flag without any."""
+    words: list[str] = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        if isinstance(value, list | tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _floor() -> str:
+    return os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")
 
 
 # ---------------------------------------------------------------- the grid
@@ -41,44 +53,57 @@ def experiments(extra: Sequence[str]) -> list[Step]:
     cells = selection.cells()
     data_root = one_data_root(cells, extra)
     out = data_root / "aggregated_visualizations"
+    common = {"score_scope": "test", "min_rule_dataset_coverage": _floor()}
     steps: list[Step] = []
     for task in selection.tasks:
         steps += [cell_step(cell, extra) for cell in cells if cell.task == task]
         steps.append(_stage_8(data_root / task, out / task / "run_modes", f"run modes of {task}"))
-        steps.append(Step(f"models of {task}", [
-            PYTHON, "9_compare_models.py", "--task_dir", str(data_root / task), "--out_dir", str(out / task),
-            "--tau", "0.2", "--eps", "0.2", "--score_scope", "test", *_coverage()]))
+        models = options(task_dir=data_root / task, out_dir=out / task, tau=0.2, eps=0.2, **common)
+        steps.append(Step(f"models of {task}", [PYTHON, "9_compare_models.py", *models]))
     steps.append(_stage_8(data_root, out, "run modes of all tasks"))
     sweep = out / "aggregated_by_task" / "threshold_sweep_all_tasks_all_llms.csv"
-    steps.append(Step("paired comparison of the methods", [
-        PYTHON, "10_compute_threshold_sweep_stats.py", "--csv", str(sweep), "--score_scope", "test",
-        "--out_dir", str(out / "method_comparison"), *_coverage()]))
-    return steps
+    methods = options(csv=sweep, out_dir=out / "method_comparison", **common)
+    return [*steps, Step("comparison of the methods", [PYTHON, "10_compute_threshold_sweep_stats.py", *methods])]
 
 
 def _stage_8(stats_path: Path, out_dir: Path, title: str) -> Step:
-    return Step(title, [
-        PYTHON, "8_compare_experiments.py", "--stats_path", str(stats_path), "--out_dir", str(out_dir),
-        "--rule_quality_metric", "mcc", "--best_mode", "tail@0.9", "--thr_min", "0.70", "--thr_max", "0.99",
-        "--thr_step", "0.01", "--score_scope", "test", *_coverage()])
+    flags = options(
+        stats_path=stats_path,
+        out_dir=out_dir,
+        rule_quality_metric="mcc",
+        best_mode="tail@0.9",
+        thr_min="0.70",
+        thr_max="0.99",
+        thr_step="0.01",
+        score_scope="test",
+        min_rule_dataset_coverage=_floor(),
+    )
+    return Step(title, [PYTHON, "8_compare_experiments.py", *flags])
 
 
 def sensitivity(extra: Sequence[str]) -> list[Step]:
-    """One factor at a time (SIZES, RATES), then stage 11 for each task and model."""
+    """One factor at a time (SIZES, RATES) around the main run (BASE_SIZE), then stage 11 for each task and model."""
+    for flag, variable in (("--circuit_size", "BASE_SIZE and SIZES"), ("--min_flip_rate", "RATES")):
+        if any(word.partition("=")[0] == flag for word in extra):
+            raise UserError(f"{flag} is what this analysis varies; set it with {variable}, like SIZES='500 1000'")
     selection = Selection.from_environment(tasks=("arithmetic", "bon_jailbreaking"), models=MODELS[:1])
-    scopes = os.environ.get("SENSITIVITY_SCORE_SCOPE", "test,all_fit")
-    cells = sensitivity_cells(selection)
-    steps = []
-    for task in selection.tasks:
-        for model in selection.models:
-            steps += [cell_step(cell, extra) for cell in cells if (cell.task, cell.model) == (task, model)]
-            main = cell_paths(Cell(task, model, RunMode.SPECTRAL_PLAN), extra)
-            out = TABLES_ROOT / "sensitivity_summary" / task / main.model_dir.relative_to(
-                main.data_root / task).as_posix().replace("/", "_")
-            steps.append(Step(f"sensitivity of {task} / {model}", [
-                PYTHON, "11_summarize_sensitivity_analysis.py", "--stats_root", str(main.stats_dir.parent),
-                "--out_dir", str(out), "--baseline_run_name", main.choices.run_name, "--score_scope", scopes,
-                "--quality_thresholds", *QUALITY_THRESHOLDS, *_coverage()]))
+    steps: list[Step] = []
+    for cells in sensitivity_cells(selection):
+        steps += [cell_step(cell, extra) for cell in cells]
+        main = cell_paths(cells[0], extra)
+        model = main.model_dir.relative_to(main.data_root / main.task).as_posix().replace("/", "_")
+        base = {} if cells[0].circuit_size == DEFAULT_CIRCUIT_SIZE else {"baseline_M": cells[0].circuit_size}
+        flags = options(
+            stats_root=main.stats_dir.parent,
+            out_dir=TABLES_ROOT / "sensitivity_summary" / main.task / model,
+            baseline_run_name=main.choices.run_name,
+            **base,
+            score_scope=os.environ.get("SENSITIVITY_SCORE_SCOPE", "test,all_fit"),
+            quality_thresholds=QUALITY_THRESHOLDS,
+            min_rule_dataset_coverage=_floor(),
+        )
+        title = f"sensitivity of {main.task} / {main.ai_model}"
+        steps.append(Step(title, [PYTHON, "11_summarize_sensitivity_analysis.py", *flags]))
     return steps
 
 
@@ -130,8 +155,11 @@ def resample(extra: Sequence[str]) -> list[Step]:
         args = parse_pipeline(cell.pipeline_arguments([*extra, "--eval_intervention", kind]))
         paths = RecheckPaths(*(getattr(base, name) for name in RunPaths.__dataclass_fields__), intervention=kind)
         steps.append(cell_step(cell, extra))
-        steps += [Step(f"{cell.title} with {kind}: {call.title}", [PYTHON, call.script, *call.arguments])
-                  for call in RecheckPlan(args, paths).calls() if call.stage in (6, 7)]
+        steps += [
+            Step(f"{cell.title} with {kind}: {call.title}", [PYTHON, call.script, *call.arguments])
+            for call in RecheckPlan(args, paths).calls()
+            if call.stage in (6, 7)
+        ]
         steps += _shift_steps(cell, base, paths)
     return steps
 
@@ -141,14 +169,22 @@ def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[St
     out = Path("intervention_shift") / base.task / model / f"{EVAL_INTERVENTION}_vs_{candidate.intervention}"
     steps = []
     for scope, folder, suffix in (("test", out, ""), ("all_fit", out / "all_fit", "_all_fit")):
-        steps.append(Step(f"shift of {cell.title}, scope {scope}", [
-            PYTHON, "summarize_intervention_shift.py", "--baseline_dir", str(base.stats_dir),
-            "--candidate_dir", str(candidate.stats_dir), "--output_dir", str(folder),
-            "--output_csv", str(folder / f"intervention_shift_summary{suffix}.csv"),
-            "--baseline_label", EVAL_INTERVENTION, "--candidate_label", candidate.intervention,
-            "--task_name", base.task, "--model_name", base.ai_model, "--hq_score_scope", scope,
-            # Archived runs do not state the coverage of held-out rows: it is then NA, and said to be missing.
-            *["--allow_missing_hq_coverage"] * (scope == "test")]))
+        # Archived runs do not state the coverage of held-out rows: it is then NA, and said to be missing.
+        lenient = {"allow_missing_hq_coverage": True} if scope == "test" else {}
+        flags = options(
+            baseline_dir=base.stats_dir,
+            candidate_dir=candidate.stats_dir,
+            output_dir=folder,
+            output_csv=folder / f"intervention_shift_summary{suffix}.csv",
+            baseline_label=EVAL_INTERVENTION,
+            candidate_label=candidate.intervention,
+            task_name=base.task,
+            model_name=base.ai_model,
+            hq_score_scope=scope,
+            **lenient,
+        )
+        title = f"shift of {cell.title}, scope {scope}"
+        steps.append(Step(title, [PYTHON, "summarize_intervention_shift.py", *flags]))
     return steps
 
 
@@ -165,29 +201,43 @@ def add_tables_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats_score_scope", default="both", help="scopes of the method comparison")
     parser.add_argument("--sample_stat", default="mean", help="per-neuron statistic of the method comparison")
     parser.add_argument("--n_boot", type=int, default=10_000, help="bootstrap draws of the method comparison")
-    parser.add_argument("--min_rule_dataset_coverage", type=float,
-                        default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")), help="support floor")
+    parser.add_argument(
+        "--min_rule_dataset_coverage",
+        type=float,
+        default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")),
+        help="support floor",
+    )
 
 
 def tables(args: argparse.Namespace, data_root: Path) -> list[Step]:
     """The paper's tables, and the comparison of methods on the second."""
-    out, floor = Path(args.out_dir), str(args.min_rule_dataset_coverage)
-    table_2 = str(out / "table2_threshold_sweep_per_run_long.csv")
-    thresholds = (str(args.test_threshold), str(args.all_fit_threshold))
-    only = [piece for name in ("TASKS", "MODELS") if os.environ.get(name)
-            for piece in (f"--{name.lower()}", os.environ[name])]
+    out, floor = Path(args.out_dir), args.min_rule_dataset_coverage
+    restricted = {name.lower(): os.environ[name] for name in ("TASKS", "MODELS") if os.environ.get(name)}
+    make = options(
+        data_root=data_root,
+        out_dir=out,
+        score_scopes=args.score_scopes,
+        table1_coverage_score_scope="all_fit",
+        hq_test_threshold=args.test_threshold,
+        hq_all_fit_threshold=args.all_fit_threshold,
+        min_rule_dataset_coverage=floor,
+        **restricted,
+    )
+    compare = options(
+        csv=out / "table2_threshold_sweep_per_run_long.csv",
+        data_root=data_root,
+        score_scope=args.stats_score_scope,
+        sample_stat=args.sample_stat,
+        sample_size=0,
+        n_boot=args.n_boot,
+        primary_threshold=args.test_threshold,
+        primary_threshold_all_fit=args.all_fit_threshold,
+        min_rule_dataset_coverage=floor,
+        out_dir=out / "stats",
+    )
     return [
-        Step("paper tables", [
-            PYTHON, "make_paper_tables.py", "--data_root", str(data_root), "--out_dir", str(out),
-            "--score_scopes", args.score_scopes, "--table1_coverage_score_scope", "all_fit",
-            "--hq_test_threshold", thresholds[0], "--hq_all_fit_threshold", thresholds[1],
-            "--min_rule_dataset_coverage", floor, *only]),
-        Step("method comparison", [
-            PYTHON, "10_compute_threshold_sweep_stats.py", "--csv", table_2, "--data_root", str(data_root),
-            "--score_scope", args.stats_score_scope, "--sample_stat", args.sample_stat,
-            "--sample_size", "0", "--n_boot", str(args.n_boot), "--primary_threshold", thresholds[0],
-            "--primary_threshold_all_fit", thresholds[1], "--min_rule_dataset_coverage", floor,
-            "--out_dir", str(out / "stats")]),
+        Step("paper tables", [PYTHON, "make_paper_tables.py", *make]),
+        Step("method comparison", [PYTHON, "10_compute_threshold_sweep_stats.py", *compare]),
     ]
 
 
@@ -214,8 +264,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run or print the steps of a plan."""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m lib.grid_plans", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.grid_plans",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     plans = parser.add_subparsers(dest="plan", required=True)
     for name in (*PLANS, "tables"):
         plan = plans.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.plan == "tables":
             return run_tables(args, report)
-        return run_steps(PLANS[args.plan](extra_flags(argv[split + 1:])), report, dry_run=args.dry_run)
+        return run_steps(PLANS[args.plan](extra_flags(argv[split + 1 :])), report, dry_run=args.dry_run)
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

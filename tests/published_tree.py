@@ -41,9 +41,25 @@ _FLAGS = {  # mode: (circuit stem, bag, is_fake)
     "fake_targets": ("rule_split-spectral_sample", "agonist_neurons-fast-spectral_anchor", True),
     "brute_force": ("rule_split-spectral_sample", "agonist_neurons-spectral_anchor", False),
 }
-RULE_COLUMNS = ("rule_target_dir", "layer_key", "neuron_id", "neuron_key", "flip_target", "computed_on", "score_scope",
-                "Precision", "F1", "MCC", "TPR", "TNR", "BalancedAcc", "dataset_coverage", "expression",
-                "rule_combo_path", "source_filename")
+RULE_COLUMNS = (
+    "rule_target_dir",
+    "layer_key",
+    "neuron_id",
+    "neuron_key",
+    "flip_target",
+    "computed_on",
+    "score_scope",
+    "Precision",
+    "F1",
+    "MCC",
+    "TPR",
+    "TNR",
+    "BalancedAcc",
+    "dataset_coverage",
+    "expression",
+    "rule_combo_path",
+    "source_filename",
+)
 
 
 @dataclass
@@ -123,12 +139,17 @@ def rows_of(rows: set[int], direction: str) -> set[int]:
     return {row for row in rows if direction == "any" or (row < N_CORRECT) == (direction == "c2i")}
 
 
-def build(root: Path, *, tasks=TASKS, models=MODELS, modes=MODES, states=None, sensitivity: bool = True,
-          scores: bool = True) -> PublishedTree:
+def build(
+    root: Path, *, tasks=TASKS, models=MODELS, modes=MODES, states=None, sensitivity: bool = True, scores: bool = True
+) -> PublishedTree:
     """Write the tree below `root`; `states` replaces STATES."""
     states = STATES if states is None else states
-    cells = {(task, llm, mode): make_cell(task, llm, mode, states.get((task, llm, mode), "ok"))
-             for task in tasks for llm in models for mode in modes}
+    cells = {
+        (task, llm, mode): make_cell(task, llm, mode, states.get((task, llm, mode), "ok"))
+        for task in tasks
+        for llm in models
+        for mode in modes
+    }
     extra = []
     for task in (name for name in tasks if sensitivity and name != "hans_nli"):
         for size, rate in (("25000", ""), ("80000", ""), ("", "0.3"), ("", "0.4"), ("", "0.5")):
@@ -156,8 +177,9 @@ def make_cell(task: str, llm: str, mode: str, state: str, size: str = "", rate: 
         cell.flips[neuron] = set(draw.sample(range(N_ROWS), draw.randint(3, 30)))
         cell.rules += _rules_of(neuron, draw, is_fake)
     for regime in ("positive", "negative"):
-        cell.effects[regime] = {neuron: round(draw.uniform(0.1, 1.0), 3) for neuron in cell.flips
-                                if draw.random() < 0.8}
+        cell.effects[regime] = {
+            neuron: round(draw.uniform(0.1, 1.0), 3) for neuron in cell.flips if draw.random() < 0.8
+        }
     if mode == "brute_force":
         # Brute force and the search see the same model: it finds most of what the search found, and more.
         twin = make_cell(task, llm, "spectral_plan", "ok")
@@ -182,13 +204,27 @@ def _rules_of(neuron: str, draw: random.Random, is_fake: bool) -> list[dict]:
             middle = "" if scope == "test" else f"{scope}_"
             name = f"rule_combo_{middle}{column}.csv"
             mcc = round(min(1.0, base + gain), 4)
-            rows.append({
-                "rule_target_dir": "is_correct_mean_positional", "layer_key": label, "neuron_id": int(index),
-                "neuron_key": f"{label}_{index}", "flip_target": column, "computed_on": scope, "score_scope": scope,
-                "Precision": round(draw.random(), 4), "F1": round(draw.random(), 4), "MCC": mcc,
-                "TPR": round(draw.random(), 4), "TNR": round(draw.random(), 4),
-                "BalancedAcc": round((1 + mcc) / 2, 4), "dataset_coverage": covers, "expression": "x0 > 0.5",
-                "rule_combo_path": f"is_correct_mean_positional/{label}_{index}/{name}", "source_filename": name})
+            rows.append(
+                {
+                    "rule_target_dir": "is_correct_mean_positional",
+                    "layer_key": label,
+                    "neuron_id": int(index),
+                    "neuron_key": f"{label}_{index}",
+                    "flip_target": column,
+                    "computed_on": scope,
+                    "score_scope": scope,
+                    "Precision": round(draw.random(), 4),
+                    "F1": round(draw.random(), 4),
+                    "MCC": mcc,
+                    "TPR": round(draw.random(), 4),
+                    "TNR": round(draw.random(), 4),
+                    "BalancedAcc": round((1 + mcc) / 2, 4),
+                    "dataset_coverage": covers,
+                    "expression": "x0 > 0.5",
+                    "rule_combo_path": f"is_correct_mean_positional/{label}_{index}/{name}",
+                    "source_filename": name,
+                }
+            )
     return rows
 
 
@@ -211,8 +247,9 @@ def _circuits(draw: random.Random, mode: str, units: list[str], task: str, effec
             others = [unit for unit in candidates if unit not in effects][: draw.randint(1, 6)]
             groups = [(root, 0.9) for root in roots if root]
             groups += [([unit], effects[unit]) for unit in members] + [([unit], 0.05) for unit in others]
-        circuits.append({"circuit_id": number, "n_groups": len(groups), "units": candidates, "groups": groups,
-                         "agonists": members})
+        circuits.append(
+            {"circuit_id": number, "n_groups": len(groups), "units": candidates, "groups": groups, "agonists": members}
+        )
     return circuits
 
 
@@ -240,8 +277,10 @@ def accuracy_of(task: str, llm: str) -> float:
 def _write_model(root: Path, task: str, llm: str) -> None:
     report = root / "data" / task / llm / "feature_report"
     target = "is_jailbroken" if task == "bon_jailbreaking" else "is_correct"
-    rows = [{"prompt": f"p{row}", "output": "o", "x0": row % 2, target: row < N_CORRECT,
-             "is_test": row >= N_ROWS - N_TEST} for row in range(N_ROWS)]
+    rows = [
+        {"prompt": f"p{row}", "output": "o", "x0": row % 2, target: row < N_CORRECT, "is_test": row >= N_ROWS - N_TEST}
+        for row in range(N_ROWS)
+    ]
     _write_csv(report / "scores.csv", list(rows[0]), rows)
     _write_json(report / "features.json", [{"label": "x0", "description": "odd", "column": "x0"}])
     rate = accuracy_of(task, llm)
@@ -256,10 +295,15 @@ def _write_model(root: Path, task: str, llm: str) -> None:
 
 
 def _write_stats(folder: Path, cell: Cell, scores: bool) -> None:
-    _write_json(folder / "rule_combo_metrics_manifest.json", {
-        "signature": "rule_combo_metrics_v0" if cell.state == "stale_manifest" else SIGNATURE,
-        "n_raw_rule_combo_files": len(cell.rules), "stats_dirname": cell.run_name,
-        "score_scopes_written": list(SCOPES)})
+    _write_json(
+        folder / "rule_combo_metrics_manifest.json",
+        {
+            "signature": "rule_combo_metrics_v0" if cell.state == "stale_manifest" else SIGNATURE,
+            "n_raw_rule_combo_files": len(cell.rules),
+            "stats_dirname": cell.run_name,
+            "score_scopes_written": list(SCOPES),
+        },
+    )
     if cell.state != "missing_rules":
         _write_rules(folder, cell)
     _write_flip_stats(folder, cell)
@@ -277,15 +321,19 @@ def _write_rules(folder: Path, cell: Cell) -> None:
     for scope in SCOPES:
         rows = [row for row in cell.rules if row["score_scope"] == scope]
         best = cell.best(scope, 0.0)
-        top = [next(row for row in rows if row["neuron_key"] == key and row["MCC"] == mcc)
-               for key, mcc in best.items()]
+        top = [next(row for row in rows if row["neuron_key"] == key and row["MCC"] == mcc) for key, mcc in best.items()]
         for suffix, content in (("all", rows), ("best_per_neuron", top), ("top_50", top)):
             names = [f"rule_combo_metrics_{scope}_{suffix}.csv"]
             for name in names + [f"rule_combo_metrics_{suffix}.csv"] * (scope == "test"):
                 _write_csv(folder / name, RULE_COLUMNS, content)
         values = sorted(cell.best(scope).values())
-        summary = {"score_scope": scope, "n_neurons_with_rules": len(values), "quality_metric_label": "MCC",
-                   "quality_threshold": 0.7, "n_neurons_quality_ge_threshold": sum(v >= 0.7 for v in values)}
+        summary = {
+            "score_scope": scope,
+            "n_neurons_with_rules": len(values),
+            "quality_metric_label": "MCC",
+            "quality_threshold": 0.7,
+            "n_neurons_quality_ge_threshold": sum(v >= 0.7 for v in values),
+        }
         for name in [f"rule_metrics_summary_{scope}.json"] + ["rule_metrics_summary.json"] * (scope == "test"):
             _write_json(folder / name, summary)
 
@@ -299,16 +347,29 @@ def _write_flip_stats(folder: Path, cell: Cell) -> None:
             row[f"{name}_count"] = len(rows_of(flipped, direction))
             row[f"{name}_rate"] = row[f"{name}_count"] / N_ROWS
         rows.append(row)
-    columns = ["layer_label", "layer_key", "neuron_id", "neuron", "n_eval",
-               *(f"{name}_{kind}" for kind in ("count", "rate") for name in ("c2i", "i2c", "flip_any"))]
+    columns = [
+        "layer_label",
+        "layer_key",
+        "neuron_id",
+        "neuron",
+        "n_eval",
+        *(f"{name}_{kind}" for kind in ("count", "rate") for name in ("c2i", "i2c", "flip_any")),
+    ]
     _write_csv(folder / "flip_stats_by_neuron.csv", columns, rows)
     for direction, name in (("c2i", "c2i"), ("i2c", "i2c"), ("any", "flip_any")):
         totals[f"sum_{name}_counts_over_neurons"] = sum(len(rows_of(f, direction)) for f in cell.flips.values())
         totals[f"union_{name}_unique_count"] = cell.union(direction)
         totals[f"union_{name}_unique_rate"] = cell.union(direction) / N_ROWS
     # Published files hold bare NaN tokens.
-    _write_json(folder / "flip_stats_global.json", {"n_neurons": len(cell.flips), "n_evaluated_rows": N_ROWS, **totals,
-                                                    "union_flip_empty_unique_rate": float("nan")})
+    _write_json(
+        folder / "flip_stats_global.json",
+        {
+            "n_neurons": len(cell.flips),
+            "n_evaluated_rows": N_ROWS,
+            **totals,
+            "union_flip_empty_unique_rate": float("nan"),
+        },
+    )
 
 
 def high_neurons(cell: Cell, scope: str) -> list[str]:
@@ -321,22 +382,38 @@ def _union(cell: Cell, neurons, direction: str) -> int:
 
 
 def _coverage(cell: Cell) -> dict:
-    eligible = {"n_eval_baseline_valid": N_ROWS, "n_eval_baseline_correct": N_CORRECT,
-                "n_eval_baseline_incorrect": N_ROWS - N_CORRECT}
-    report = {"quality_metric_label": "MCC", "quality_threshold": 0.7, "n_neurons_total": len(cell.flips),
-              "n_neurons_high_quality": len(high_neurons(cell, "test_selected")),
-              "frac_neurons_high_quality": None, "eligible_denominators": eligible, "score_scopes": {}}
+    eligible = {
+        "n_eval_baseline_valid": N_ROWS,
+        "n_eval_baseline_correct": N_CORRECT,
+        "n_eval_baseline_incorrect": N_ROWS - N_CORRECT,
+    }
+    report = {
+        "quality_metric_label": "MCC",
+        "quality_threshold": 0.7,
+        "n_neurons_total": len(cell.flips),
+        "n_neurons_high_quality": len(high_neurons(cell, "test_selected")),
+        "frac_neurons_high_quality": None,
+        "eligible_denominators": eligible,
+        "score_scopes": {},
+    }
     for scope in ("test_selected", "all_fit"):  # published files have no block of the strict scope
         high = high_neurons(cell, scope)
-        block = {"n_neurons_high_quality": len(high), "eligible_denominators": eligible,
-                 "all_rule_bearing_in_scope": {"n_eval_any": N_ROWS}}
+        block = {
+            "n_neurons_high_quality": len(high),
+            "eligible_denominators": eligible,
+            "all_rule_bearing_in_scope": {"n_eval_any": N_ROWS},
+        }
         for direction in ("any", "c2i", "i2c"):
             everyone = sum(len(rows_of(rows, direction)) for rows in cell.flips.values())
-            block["all_rule_bearing_in_scope"] |= {f"union_{direction}": cell.union(direction),
-                                                   f"sum_{direction}": everyone}
+            block["all_rule_bearing_in_scope"] |= {
+                f"union_{direction}": cell.union(direction),
+                f"sum_{direction}": everyone,
+            }
             block[f"flip_{direction}"] = {
-                "union_high": _union(cell, high, direction), "union_all_in_scope": cell.union(direction),
-                "sum_high": sum(len(rows_of(cell.flips[neuron], direction)) for neuron in high)}
+                "union_high": _union(cell, high, direction),
+                "union_all_in_scope": cell.union(direction),
+                "sum_high": sum(len(rows_of(cell.flips[neuron], direction)) for neuron in high),
+            }
         report["score_scopes"][scope] = block
     report["flip_any"] = {"union_share_of_all": None, "union_all": cell.union("any"), "eligible_baseline_count": N_ROWS}
     return report
@@ -346,8 +423,12 @@ def _layers(cell: Cell) -> dict:
     layers = []
     for number in range(N_LAYERS):
         members = [neuron for neuron in cell.flips if neuron.startswith(f"m{number}:")]
-        row = {"layer_key": f"m{number}", "layer_sort": number, "n_neurons_total": len(members),
-               "n_rows_with_any_eval_all": N_ROWS}
+        row = {
+            "layer_key": f"m{number}",
+            "layer_sort": number,
+            "n_neurons_total": len(members),
+            "n_rows_with_any_eval_all": N_ROWS,
+        }
         for direction in ("any", "c2i", "i2c"):
             row[f"flip_{direction}_union_all"] = _union(cell, members, direction)
             for scope in ("test_selected", "all_fit"):
@@ -366,8 +447,11 @@ def _write_scores(path: Path, cell: Cell) -> None:
         for neuron, flipped in cell.flips.items():
             key = neuron.replace(":", "_")
             hit = number in flipped
-            row |= {f"flip_{key}": hit, f"flip_c2i_{key}": hit and number < N_CORRECT,
-                    f"flip_i2c_{key}": hit and number >= N_CORRECT}
+            row |= {
+                f"flip_{key}": hit,
+                f"flip_c2i_{key}": hit and number < N_CORRECT,
+                f"flip_i2c_{key}": hit and number >= N_CORRECT,
+            }
         rows.append(row)
     _write_csv(path, list(rows[0]), rows)
 
@@ -379,14 +463,28 @@ def _write_circuits(folder: Path, cell: Cell) -> None:
     draw = random.Random(f"{cell.task}|{cell.llm}|{cell.circuit_label}|scores")
     entries = []
     for number in range(3 if cell.task == "arithmetic" else 1):
-        scores = {str((f"m{layer}", index)): round(draw.uniform(-2, 2), 6)
-                  for layer in range(N_LAYERS) for index in range(N_IDS)}
-        entries.append({"status": "ok", "circuit_id": number, "target": "is_correct",
-                        "metadata_topn": {"selected_n": len(scores), "neuron_label_score": scores}})
+        scores = {
+            str((f"m{layer}", index)): round(draw.uniform(-2, 2), 6)
+            for layer in range(N_LAYERS)
+            for index in range(N_IDS)
+        }
+        entries.append(
+            {
+                "status": "ok",
+                "circuit_id": number,
+                "target": "is_correct",
+                "metadata_topn": {"selected_n": len(scores), "neuron_label_score": scores},
+            }
+        )
     _write_json(folder / "neural_circuits" / "manifest.json", entries)
-    _write_json(folder / "neural_circuits" / "dataset_info.json", {
-        "scores_path": f"data/{cell.model_dir}/feature_report/scores.csv", "ai_model": cell.llm,
-        "task_module": f"lib.tasks.{cell.task}_task"})
+    _write_json(
+        folder / "neural_circuits" / "dataset_info.json",
+        {
+            "scores_path": f"data/{cell.model_dir}/feature_report/scores.csv",
+            "ai_model": cell.llm,
+            "task_module": f"lib.tasks.{cell.task}_task",
+        },
+    )
     for regime in ("positive", "negative"):
         _write_regime(folder / cell.bag_label / f"{regime}_baseline", cell, regime)
 
@@ -395,23 +493,57 @@ def _write_regime(folder: Path, cell: Cell, regime: str) -> None:
     knockout = []
     for circuit in cell.circuits[regime]:
         number = circuit["circuit_id"]
-        knockout.append({"circuit_id": number, "circuit_label": f"circuit {number}", "analysis_mode": "rule",
-                         "rule_target": "is_correct", "status": "ok", "baseline_subset": regime,
-                         "n_ablation_groups": circuit["n_groups"]})
-        _write_json(folder / "is_correct" / f"rule_{number:04d}.json", {
-            **knockout[-1], "ablations": [{"layers_neurons_dict": _by_layer(units), "group_size": len(units),
-                                           "depth": int(cell.mode != "brute_force" and len(units) == 1),
-                                           "max_effect": effect} for units, effect in circuit["groups"]]})
-    knockout.append({"circuit_id": 99, "circuit_label": "circuit 99", "rule_target": "is_correct",
-                     "status": "skipped", "reason": "too few datapoints"})
+        knockout.append(
+            {
+                "circuit_id": number,
+                "circuit_label": f"circuit {number}",
+                "analysis_mode": "rule",
+                "rule_target": "is_correct",
+                "status": "ok",
+                "baseline_subset": regime,
+                "n_ablation_groups": circuit["n_groups"],
+            }
+        )
+        _write_json(
+            folder / "is_correct" / f"rule_{number:04d}.json",
+            {
+                **knockout[-1],
+                "ablations": [
+                    {
+                        "layers_neurons_dict": _by_layer(units),
+                        "group_size": len(units),
+                        "depth": int(cell.mode != "brute_force" and len(units) == 1),
+                        "max_effect": effect,
+                    }
+                    for units, effect in circuit["groups"]
+                ],
+            },
+        )
+    knockout.append(
+        {
+            "circuit_id": 99,
+            "circuit_label": "circuit 99",
+            "rule_target": "is_correct",
+            "status": "skipped",
+            "reason": "too few datapoints",
+        }
+    )
     _write_json(folder / "rule_knockout.json", knockout)
     homes = {neuron: circuit["circuit_id"] for circuit in cell.circuits[regime] for neuron in circuit["agonists"]}
-    buckets = {neuron: {"best_abs_gap": value, "last_record": {
-        "max_effect": value, "accuracy_gap": round(value / 2, 3), "circuit_id": homes[neuron]}}
-        for neuron, value in cell.effects[regime].items()}
-    _write_json(folder / "neuron_buckets.json", {
-        "catastrophic_zero": {"candidates": {}, "confirmed": {}, "not_always": {}},
-        "non_catastrophic_agonists": buckets})
+    buckets = {
+        neuron: {
+            "best_abs_gap": value,
+            "last_record": {"max_effect": value, "accuracy_gap": round(value / 2, 3), "circuit_id": homes[neuron]},
+        }
+        for neuron, value in cell.effects[regime].items()
+    }
+    _write_json(
+        folder / "neuron_buckets.json",
+        {
+            "catastrophic_zero": {"candidates": {}, "confirmed": {}, "not_always": {}},
+            "non_catastrophic_agonists": buckets,
+        },
+    )
     _write_json(folder / "neuron_bucket_stats.json", {"counts": {"non_catastrophic_agonists": len(buckets)}})
     if cell.state == "truncated_buckets":
         path = folder / "neuron_buckets.json"
@@ -424,4 +556,3 @@ def _by_layer(units: list[str]) -> dict[str, list[int]]:
         label, _, index = unit.partition(":")
         layers.setdefault(label, []).append(int(index))
     return layers
-

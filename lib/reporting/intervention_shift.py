@@ -51,8 +51,9 @@ def load_side(folder: Path, label: str) -> Side:
     run = root.run(folder.name)
     reading = run.by_neuron
     if not reading.is_usable or reading.value is None:
-        raise UserError(f"flip statistics of {label}: {folder / 'flip_stats_by_neuron.csv'}: {reading.reason}; run "
-                        "stage 7 again")
+        raise UserError(
+            f"flip statistics of {label}: {folder / 'flip_stats_by_neuron.csv'}: {reading.reason}; run stage 7 again"
+        )
     frame = reading.value.rename(columns={"layer_label": "layer_key"} if "layer_key" not in reading.value else {})
     missing = [name for name in _KEYS if name not in frame]
     if missing and len(frame):
@@ -78,12 +79,19 @@ def join_neurons(baseline: pd.DataFrame, candidate: pd.DataFrame) -> pd.DataFram
     parts = []
     for side, frame in (("baseline", baseline), ("candidate", candidate)):
         keys = pd.DataFrame({"layer_key": frame["layer_key"].astype(str), "neuron_id": frame["neuron_id"]})
-        values = {f"{side}_{name}": pd.to_numeric(frame[name], errors="coerce") if name in frame
-                  else pd.Series(math.nan, index=frame.index) for name in ("n_eval", *columns)}
+        values = {
+            f"{side}_{name}": pd.to_numeric(frame[name], errors="coerce")
+            if name in frame
+            else pd.Series(math.nan, index=frame.index)
+            for name in ("n_eval", *columns)
+        }
         parts.append(keys.assign(**values).drop_duplicates(_KEYS))
     joined = parts[0].merge(parts[1], on=_KEYS, how="outer", indicator=True).sort_values(_KEYS, kind="stable")
-    joined.insert(2, "status", joined.pop("_merge").astype(str).map(
-        {"both": "overlap", "right_only": "gained", "left_only": "lost"}))
+    joined.insert(
+        2,
+        "status",
+        joined.pop("_merge").astype(str).map({"both": "overlap", "right_only": "gained", "left_only": "lost"}),
+    )
     for name in columns:
         left, right = joined[f"baseline_{name}"], joined[f"candidate_{name}"]
         joined[f"delta_{name}"] = right.fillna(0.0) - left.fillna(0.0)
@@ -95,9 +103,14 @@ def neuron_sets(joined: pd.DataFrame) -> dict[str, Any]:
     """How many neurons the runs share."""
     n_overlap, n_gained, n_lost = ((joined["status"] == status).sum() for status in ("overlap", "gained", "lost"))
     union = len(joined)
-    return {"n_baseline": int(n_overlap + n_lost), "n_candidate": int(n_overlap + n_gained),
-            "n_overlap": int(n_overlap), "n_gained": int(n_gained), "n_lost": int(n_lost),
-            "jaccard": float(n_overlap / union) if union else None}
+    return {
+        "n_baseline": int(n_overlap + n_lost),
+        "n_candidate": int(n_overlap + n_gained),
+        "n_overlap": int(n_overlap),
+        "n_gained": int(n_gained),
+        "n_lost": int(n_lost),
+        "jaccard": float(n_overlap / union) if union else None,
+    }
 
 
 def delta_statistics(joined: pd.DataFrame, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,19 +139,30 @@ def _deltas(pairs: pd.DataFrame, seed: int, label: str) -> dict[str, Any]:
     delta = right - left
     interval = bootstrap_mean(delta, n_boot=N_BOOTSTRAP, random=rng(seed, "intervention_shift", label))
     return {
-        "n": len(delta), "baseline_mean": left.mean(), "candidate_mean": right.mean(), "mean_delta": delta.mean(),
-        "median_delta": float(np.median(delta)), "mean_abs_delta": np.abs(delta).mean(),
-        "max_abs_delta": np.abs(delta).max(), "share_higher": (delta > 0).mean(), "share_lower": (delta < 0).mean(),
-        "share_equal": (delta == 0).mean(), "mean_delta_ci95_low": interval.low, "mean_delta_ci95_high": interval.high,
-        "sign_test_p": sign_test(delta, Alternative.TWO_SIDED)}
+        "n": len(delta),
+        "baseline_mean": left.mean(),
+        "candidate_mean": right.mean(),
+        "mean_delta": delta.mean(),
+        "median_delta": float(np.median(delta)),
+        "mean_abs_delta": np.abs(delta).mean(),
+        "max_abs_delta": np.abs(delta).max(),
+        "share_higher": (delta > 0).mean(),
+        "share_lower": (delta < 0).mean(),
+        "share_equal": (delta == 0).mean(),
+        "mean_delta_ci95_low": interval.low,
+        "mean_delta_ci95_high": interval.high,
+        "sign_test_p": sign_test(delta, Alternative.TWO_SIDED),
+    }
 
 
 def _correlations(pairs: pd.DataFrame) -> dict[str, float]:
     left, right = (pairs.iloc[:, number].to_numpy(dtype=float) for number in (0, 1))
     if len(left) < 3 or len(np.unique(left)) < 2 or len(np.unique(right)) < 2:
         return {"pearson": math.nan, "spearman": math.nan}
-    return {"pearson": float(scipy_stats.pearsonr(left, right).statistic),
-            "spearman": float(scipy_stats.spearmanr(left, right).statistic)}
+    return {
+        "pearson": float(scipy_stats.pearsonr(left, right).statistic),
+        "spearman": float(scipy_stats.spearmanr(left, right).statistic),
+    }
 
 
 # ---------------------------------------------------------------- whole runs
@@ -153,8 +177,12 @@ def compare_globals(baseline: RunFolder, candidate: RunFolder) -> dict[str, dict
         if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
             continue
         delta = values[1] - values[0] if None not in values else None
-        compared[name] = {"baseline": values[0], "candidate": values[1], "delta": delta,
-                          "relative_delta": delta / values[0] if delta is not None and values[0] else None}
+        compared[name] = {
+            "baseline": values[0],
+            "candidate": values[1],
+            "delta": delta,
+            "relative_delta": delta / values[0] if delta is not None and values[0] else None,
+        }
     return compared
 
 
@@ -167,31 +195,54 @@ def high_quality_rows(side: Side, scope: Scope) -> list[dict[str, Any]]:
     block = _scope_block(coverage, scope)
     n_all = optional_int(coverage.get("n_neurons_total"))
     n_all = len(side.neurons) if n_all is None else n_all
-    n_high = next((count for count in (optional_int(block.get("n_neurons_high_quality")),
-                                       optional_int(summary.get("n_neurons_quality_ge_threshold")))
-                   if count is not None), None)
+    n_high = next(
+        (
+            count
+            for count in (
+                optional_int(block.get("n_neurons_high_quality")),
+                optional_int(summary.get("n_neurons_quality_ge_threshold")),
+            )
+            if count is not None
+        ),
+        None,
+    )
     threshold = _threshold(coverage, block, summary, scope)
     rows = []
     for metric, (name, eligible, meaning) in DIRECTIONS.items():
         flips, everyone = block.get(f"flip_{name}") or {}, block.get("all_rule_bearing_in_scope") or {}
         if metric == "semantic_wrong" and not flips:
             continue
-        counts = {"union_all": everyone.get(f"union_{name}", flips.get("union_all_in_scope", flips.get("union_all"))),
-                  "union_high": flips.get("union_high"),
-                  "sum_all": everyone.get(f"sum_{name}", flips.get("sum_all")), "sum_high": flips.get("sum_high")}
+        counts = {
+            "union_all": everyone.get(f"union_{name}", flips.get("union_all_in_scope", flips.get("union_all"))),
+            "union_high": flips.get("union_high"),
+            "sum_all": everyone.get(f"sum_{name}", flips.get("sum_all")),
+            "sum_high": flips.get("sum_high"),
+        }
         denominator = optional_int((block.get("eligible_denominators") or {}).get(eligible))
         if denominator is None:
             denominator = optional_int(flips.get("eligible_baseline_count"))
         all_pct, high_pct = (_percent(counts[key], denominator) for key in ("union_all", "union_high"))
-        rows.append({
-            "intervention": side.label, "metric": metric, "identified_neurons": n_all, "high_quality_neurons": n_high,
-            "high_quality_fraction": n_high / n_all if n_high is not None and n_all else None,
-            "quality_metric_label": coverage.get("quality_metric_label") or summary.get("quality_metric_label"),
-            "quality_threshold": threshold, "score_scope": scope.slug, "score_scope_label": scope.label,
-            **{key: optional_int(value) for key, value in counts.items()}, "denominator": denominator,
-            "denominator_label": meaning, "all_union_pct": all_pct, "high_union_pct": high_pct,
-            "hq_coverage_share_pct": high_pct, "hq_eligible_points_pct": high_pct,
-            "hq_union_share_of_all_pct": _percent(counts["union_high"], optional_int(counts["union_all"]))})
+        rows.append(
+            {
+                "intervention": side.label,
+                "metric": metric,
+                "identified_neurons": n_all,
+                "high_quality_neurons": n_high,
+                "high_quality_fraction": n_high / n_all if n_high is not None and n_all else None,
+                "quality_metric_label": coverage.get("quality_metric_label") or summary.get("quality_metric_label"),
+                "quality_threshold": threshold,
+                "score_scope": scope.slug,
+                "score_scope_label": scope.label,
+                **{key: optional_int(value) for key, value in counts.items()},
+                "denominator": denominator,
+                "denominator_label": meaning,
+                "all_union_pct": all_pct,
+                "high_union_pct": high_pct,
+                "hq_coverage_share_pct": high_pct,
+                "hq_eligible_points_pct": high_pct,
+                "hq_union_share_of_all_pct": _percent(counts["union_high"], optional_int(counts["union_all"])),
+            }
+        )
     return rows
 
 
@@ -224,9 +275,13 @@ def layer_rows(side: Side, scope: Scope) -> list[dict[str, Any]]:
     rows = []
     for layer in layers:
         row: dict[str, Any] = {
-            "intervention": side.label, "layer_key": layer.get("layer_key"), "layer_sort": layer.get("layer_sort"),
-            "score_scope": scope.slug, "identified_neurons": layer.get("n_neurons_total"),
-            "high_quality_neurons": _of_scope(layer, "n_neurons_high_quality", scope)}
+            "intervention": side.label,
+            "layer_key": layer.get("layer_key"),
+            "layer_sort": layer.get("layer_sort"),
+            "score_scope": scope.slug,
+            "identified_neurons": layer.get("n_neurons_total"),
+            "high_quality_neurons": _of_scope(layer, "n_neurons_high_quality", scope),
+        }
         for metric in ("flip_any", "c2i", "i2c"):
             name = DIRECTIONS[metric][0]
             union_all = layer.get(f"flip_{name}_union_all_{scope.slug}")
@@ -234,10 +289,13 @@ def layer_rows(side: Side, scope: Scope) -> list[dict[str, Any]]:
                 # Published files count all evaluated rows, which are this scope's.
                 union_all = layer.get(f"flip_{name}_union_all")
             union_high = _of_scope(layer, f"flip_{name}_union_high", scope)
-            row |= {f"{metric}_union_all": union_all, f"{metric}_union_high": union_high,
-                    f"{metric}_denominator": eligible.get(metric),
-                    f"{metric}_all_union_pct": _percent(union_all, eligible.get(metric)),
-                    f"{metric}_high_union_pct": _percent(union_high, eligible.get(metric))}
+            row |= {
+                f"{metric}_union_all": union_all,
+                f"{metric}_union_high": union_high,
+                f"{metric}_denominator": eligible.get(metric),
+                f"{metric}_all_union_pct": _percent(union_all, eligible.get(metric)),
+                f"{metric}_high_union_pct": _percent(union_high, eligible.get(metric)),
+            }
         rows.append(row)
     return rows
 

@@ -61,13 +61,19 @@ def summarize(args: argparse.Namespace, report: Report) -> None:
     if args.baseline_label == args.candidate_label:
         raise UserError(f"both runs are called {args.baseline_label!r}; give --baseline_label and --candidate_label")
     scope = Scope.parse(args.hq_score_scope)
-    sides = [load_side(Path(args.baseline_dir), args.baseline_label),
-             load_side(Path(args.candidate_dir), args.candidate_label)]
+    sides = [
+        load_side(Path(args.baseline_dir), args.baseline_label),
+        load_side(Path(args.candidate_dir), args.candidate_label),
+    ]
     out_dir = Path(args.output_dir or Path(args.output_csv).parent)
     session = Session(out_dir, report, [side.run.path.parent for side in sides])
     for side in sides:
-        for reading, name in ((side.run.flip_global, "flip_stats_global.json"), (side.run.coverage, "coverage"),
-                              (side.run.coverage_by_layer, "coverage by layer"), (side.run.by_neuron, "flips")):
+        for reading, name in (
+            (side.run.flip_global, "flip_stats_global.json"),
+            (side.run.coverage, "coverage"),
+            (side.run.coverage_by_layer, "coverage by layer"),
+            (side.run.by_neuron, "flips"),
+        ):
             session.take(side.run, reading, name)
     joined = join_neurons(sides[0].neurons, sides[1].neurons)
     quality = [row for side in sides for row in high_quality_rows(side, scope)]
@@ -98,10 +104,20 @@ def _check_coverage(sides: list[Side], quality: list[dict], session: Session, al
             continue
         message = f"no coverage of {', '.join(incomplete)} in scope {rows[0]['score_scope']}"
         if not allowed:
-            raise UserError(f"{side.run.path}: {message}; run stage 7 again, choose another --hq_score_scope, or give "
-                            "--allow_missing_hq_coverage to leave it out")
-        session.issues.add(Issue(side.run.root.task, side.run.root.llm, side.run.run_name,
-                                 "high_quality_neuron_flip_coverage.json", "missing", message))
+            raise UserError(
+                f"{side.run.path}: {message}; run stage 7 again, choose another --hq_score_scope, or give "
+                "--allow_missing_hq_coverage to leave it out"
+            )
+        session.issues.add(
+            Issue(
+                side.run.root.task,
+                side.run.root.llm,
+                side.run.run_name,
+                "high_quality_neuron_flip_coverage.json",
+                "missing",
+                message,
+            )
+        )
 
 
 def _report(
@@ -112,42 +128,61 @@ def _report(
     paired, union = delta_statistics(joined, args.seed)
     return {
         "mode": "flip_stats_by_neuron",
-        "baseline_dir": relative_to_any(sides[0].run.path, bases[2:]), "candidate_dir": relative_to_any(
-            sides[1].run.path, bases[2:]),
-        "output_csv": Path(args.output_csv).name, "output_dir": relative_to_any(session.out_dir, bases[3:]),
+        "baseline_dir": relative_to_any(sides[0].run.path, bases[2:]),
+        "candidate_dir": relative_to_any(sides[1].run.path, bases[2:]),
+        "output_csv": Path(args.output_csv).name,
+        "output_dir": relative_to_any(session.out_dir, bases[3:]),
         "context": {"task": args.task_name or root.task or None, "model": args.model_name or root.llm or None},
         "intervention_definitions": {side.label: DEFINITIONS.get(side.label, "") for side in sides},
-        "high_quality_comparison": quality, "neuron_sets": neuron_sets(joined),
-        "global_comparison": compare_globals(sides[0].run, sides[1].run), "paired_overlap_stats": paired,
-        "union_missing_as_zero_stats": union, "notes": list(NOTES),
-        "files": sorted(path.name for path in session.written)}
+        "high_quality_comparison": quality,
+        "neuron_sets": neuron_sets(joined),
+        "global_comparison": compare_globals(sides[0].run, sides[1].run),
+        "paired_overlap_stats": paired,
+        "union_missing_as_zero_stats": union,
+        "notes": list(NOTES),
+        "files": sorted(path.name for path in session.written),
+    }
 
 
 def as_markdown(content: dict[str, Any]) -> str:
     """The report for people."""
     context, sets = content["context"], content["neuron_sets"]
     labels = list(content["intervention_definitions"])
-    lines = [f"# {labels[0]} against {labels[-1]}", "", f"Task {context['task']}, model {context['model']}.", "",
-             f"Neurons: {sets['n_baseline']} and {sets['n_candidate']}; {sets['n_overlap']} in both, "
-             f"{sets['n_gained']} gained, {sets['n_lost']} lost (Jaccard {cell_text(sets['jaccard'])}).", "",
-             "## Neurons in both runs", "",
-             "| metric | n | baseline | candidate | mean delta | 95 % interval | sign test p | Spearman |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"# {labels[0]} against {labels[-1]}",
+        "",
+        f"Task {context['task']}, model {context['model']}.",
+        "",
+        f"Neurons: {sets['n_baseline']} and {sets['n_candidate']}; {sets['n_overlap']} in both, "
+        f"{sets['n_gained']} gained, {sets['n_lost']} lost (Jaccard {cell_text(sets['jaccard'])}).",
+        "",
+        "## Neurons in both runs",
+        "",
+        "| metric | n | baseline | candidate | mean delta | 95 % interval | sign test p | Spearman |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, block in content["paired_overlap_stats"].items():
         if isinstance(block, str):
             lines.append(f"| {name} | {block} | | | | | | |")
             continue
         interval = f"{cell_text(block['mean_delta_ci95_low'])} to {cell_text(block['mean_delta_ci95_high'])}"
         cells = (block["n"], block["baseline_mean"], block["candidate_mean"], block["mean_delta"])
-        lines.append(f"| {name} | {' | '.join(cell_text(float(cell)) for cell in cells)} | {interval} | "
-                     f"{cell_text(block['sign_test_p'])} | {cell_text(block['spearman'])} |")
-    lines += ["", "## High-quality neurons", "",
-              "| run | flip | neurons | high quality | all, % of eligible | high quality, % of eligible |",
-              "|---|---|---|---|---|---|"]
+        lines.append(
+            f"| {name} | {' | '.join(cell_text(float(cell)) for cell in cells)} | {interval} | "
+            f"{cell_text(block['sign_test_p'])} | {cell_text(block['spearman'])} |"
+        )
+    lines += [
+        "",
+        "## High-quality neurons",
+        "",
+        "| run | flip | neurons | high quality | all, % of eligible | high quality, % of eligible |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in content["high_quality_comparison"]:
         cells = ("identified_neurons", "high_quality_neurons", "all_union_pct", "high_union_pct")
-        lines.append(f"| {row['intervention']} | {row['metric']} | "
-                     f"{' | '.join(cell_text(row[name], 1) for name in cells)} |")
+        lines.append(
+            f"| {row['intervention']} | {row['metric']} | {' | '.join(cell_text(row[name], 1) for name in cells)} |"
+        )
     return "\n".join([*lines, "", *content["notes"]]) + "\n"
 
 
@@ -167,10 +202,12 @@ def draw_all(
         pairs = joined.loc[joined["status"] == "overlap", columns].dropna()
         if len(pairs) < 2:
             continue
-        written += _draw(out_dir, f"scatter_{name}", pairs, lambda axes, pairs=pairs, name=name: _scatter(
-            axes, pairs, name, labels))
-        written += _draw(out_dir, f"delta_hist_{name}", pairs, lambda axes, pairs=pairs, name=name: _histogram(
-            axes, pairs, name))
+        written += _draw(
+            out_dir, f"scatter_{name}", pairs, lambda axes, pairs=pairs, name=name: _scatter(axes, pairs, name, labels)
+        )
+        written += _draw(
+            out_dir, f"delta_hist_{name}", pairs, lambda axes, pairs=pairs, name=name: _histogram(axes, pairs, name)
+        )
     if len(top) and "delta_flip_any_rate" in top:
         written += _draw(out_dir, "top_delta_flip_any_rate", top, lambda axes: _top(axes, top))
     rates = _global_rates(sides)
@@ -244,8 +281,13 @@ def _overview(out_dir: Path, quality: pd.DataFrame, labels: list[str]) -> list[P
     first, second = pairs[labels[0]], pairs[labels[-1]]
 
     def two(names: list[str], columns: list[str]) -> pd.DataFrame:
-        return pd.DataFrame({"name": names, "first": [first.loc[0, column] for column in columns],
-                             "second": [second.loc[0, column] for column in columns]})
+        return pd.DataFrame(
+            {
+                "name": names,
+                "first": [first.loc[0, column] for column in columns],
+                "second": [second.loc[0, column] for column in columns],
+            }
+        )
 
     def by_metric(column: str) -> pd.DataFrame:
         return pd.DataFrame({"name": first["metric"], "first": first[column], "second": second[column]})
@@ -253,8 +295,12 @@ def _overview(out_dir: Path, quality: pd.DataFrame, labels: list[str]) -> list[P
     with report_style():
         figure = Figure(figsize=(10.0, 7.0), layout="constrained")
         grid = figure.subplots(2, 2).ravel()
-        _bars(grid[0], two(["identified", "high quality"], ["identified_neurons", "high_quality_neurons"]), labels,
-              "neurons")
+        _bars(
+            grid[0],
+            two(["identified", "high quality"], ["identified_neurons", "high_quality_neurons"]),
+            labels,
+            "neurons",
+        )
         _bars(grid[1], two(["high quality"], ["high_quality_fraction"]), labels, "share of neurons")
         _bars(grid[2], by_metric("all_union_pct"), labels, "% of eligible rows, all neurons")
         _bars(grid[3], by_metric("high_union_pct"), labels, "% of eligible rows, high quality")

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from lib.artifacts import atomic_write, write_json
 from lib.cli import Report, UserError
 from lib.reporting.artifacts import ModelRoot, Reading, RunFolder, find_model_roots, open_tree
 from lib.reporting.experiments import choose_variant, runs_by_mode
-from lib.reporting.naming import RunMode, row_order, task_label
+from lib.reporting.naming import RunMode, row_order, sensitivity_parts, task_label
 from lib.reporting.rules import load_best_rows
 from lib.reporting.scopes import Scope, parse_scopes
 from lib.reporting.session import Session, nothing_found
@@ -50,7 +50,8 @@ class PaperContext:
 
     def run_of(self, root: ModelRoot, mode: RunMode) -> RunFolder:
         """A model's run of a mode; one that does not exist if there is none, which reading then finds missing."""
-        return runs_by_mode(root, self.variant).get(mode) or root.run(mode.run_name.text)
+        found = runs_by_mode(root, self.variant).get(mode)
+        return found or root.run(expected_run(mode, self.variant))
 
     def best(self, run: RunFolder, scope: Scope) -> Reading[pd.DataFrame]:
         """Best rule row of each neuron in a scope; read once."""
@@ -69,8 +70,9 @@ class PaperContext:
         roots = [root for root in self.roots if root.task == task]
         named = [root for root in roots if (model or DEFAULT_MODEL) in (root.llm, root.model)]
         if not named and model:
-            raise UserError(f"{what}: no finished run of {model} on {task}; there are "
-                            f"{', '.join(root.unit for root in self.roots)}")
+            raise UserError(
+                f"{what}: no finished run of {model} on {task}; there are {', '.join(root.unit for root in self.roots)}"
+            )
         chosen = named or roots
         if not chosen:
             return ModelRoot(task, *DEFAULT_MODEL.split("/"), Path(task) / "none")
@@ -92,6 +94,13 @@ class PaperContext:
         self.session.written.append(self.session.out_dir / name)
 
 
+def expected_run(mode: RunMode, variant: str) -> str:
+    """The name that a mode's run of a variant would have."""
+    parts, choices = sensitivity_parts(variant), mode.run_name.choices
+    rate = choices.min_flip_rate if parts.min_flip_rate is None else f"{parts.min_flip_rate:g}"
+    return replace(choices, circuit_size=parts.circuit_size or choices.circuit_size, min_flip_rate=rate).run_name
+
+
 def chosen_tables(text: str) -> list[str]:
     """Table names from a comma list; `all_supported` means all.
 
@@ -102,8 +111,9 @@ def chosen_tables(text: str) -> list[str]:
     words = ["table" + word.removeprefix("table") if word != "all_supported" else word for word in words]
     unknown = [word for word in words if word not in (*TABLE_NAMES, "all_supported")]
     if unknown or not words:
-        raise UserError(f"--which {text!r} names no table that can be made; choose from all_supported, "
-                        f"{', '.join(TABLE_NAMES)}")
+        raise UserError(
+            f"--which {text!r} names no table that can be made; choose from all_supported, {', '.join(TABLE_NAMES)}"
+        )
     return [name for name in TABLE_NAMES if name in words or "all_supported" in words]
 
 
@@ -117,15 +127,17 @@ def make_tables(args: argparse.Namespace, report: Report) -> None:
     out_dir = Path(args.out_dir)
     if args.notes_only:
         PaperContext(args, Session(out_dir, report), [], "", scopes).write_text(
-            "unsupported_tables_note.txt", UNSUPPORTED_NOTE)
+            "unsupported_tables_note.txt", UNSUPPORTED_NOTE
+        )
         return
     with open_tree(args.data_root) as folder:
         roots = _filtered(find_model_roots(folder), args)
         if not roots:
             raise nothing_found(args.data_root, "finished runs (stats/<run>)")
         roots.sort(key=lambda root: row_order(root.task, root.llm))
-        context = PaperContext(args, Session(out_dir, report, [folder]), roots,
-                               choose_variant(roots, args.variant, report), scopes)
+        context = PaperContext(
+            args, Session(out_dir, report, [folder]), roots, choose_variant(roots, args.variant, report), scopes
+        )
         makers = _makers()
         rows = {f"{name}_rows": makers[name](context) for name in names}
         context.write_text("unsupported_tables_note.txt", UNSUPPORTED_NOTE)
@@ -135,8 +147,9 @@ def make_tables(args: argparse.Namespace, report: Report) -> None:
 
 def _filtered(roots: list[ModelRoot], args: argparse.Namespace) -> list[ModelRoot]:
     tasks, models = (set(re.split(r"[\s,]+", text)) - {""} for text in (args.tasks, args.models))
-    return [root for root in roots if (not tasks or root.task in tasks)
-            and (not models or {root.llm, root.model} & models)]
+    return [
+        root for root in roots if (not tasks or root.task in tasks) and (not models or {root.llm, root.model} & models)
+    ]
 
 
 def _makers() -> dict[str, Callable[[PaperContext], int]]:

@@ -33,10 +33,13 @@ def attribution_manifest(run: RunFolder) -> Reading[list]:
         return Reading(Status.MISSING, reason="no circuit folder follows from the run's name", path=run.path)
     other = folder.with_name(folder.name.replace("-decode_only", ""))
     bag = run.name.bag_label
-    places = [base / below for base in (folder, other)
-              for below in ("neural_circuits", ".", f"{bag}/neural_circuits", bag)]
-    path = next((place / "manifest.json" for place in places if (place / "manifest.json").is_file()),
-                places[0] / "manifest.json")
+    places = [
+        base / below for base in (folder, other) for below in ("neural_circuits", ".", f"{bag}/neural_circuits", bag)
+    ]
+    path = next(
+        (place / "manifest.json" for place in places if (place / "manifest.json").is_file()),
+        places[0] / "manifest.json",
+    )
     return expect(read_json(path), list, "manifest.json")
 
 
@@ -60,8 +63,10 @@ def strongest_flippers(frame: pd.DataFrame, metric: str) -> list[str]:
     """Neurons of `flip_stats_by_neuron.csv`, most flips first; ties in order of layer and index."""
     frame = frame.assign(neuron=_names(frame))
     columns = [f"{name}_{kind}" for name in _RANKED_BY[metric] for kind in ("rate", "count")]
-    keys = [pd.to_numeric(frame[name], errors="coerce").fillna(-1.0) if name in frame else pd.Series(-1.0, frame.index)
-            for name in columns]
+    keys = [
+        pd.to_numeric(frame[name], errors="coerce").fillna(-1.0) if name in frame else pd.Series(-1.0, frame.index)
+        for name in columns
+    ]
     ranks = [tuple(-key.loc[row] for key in keys) for row in frame.index]
     order = sorted(zip(ranks, frame["neuron"], strict=True), key=lambda item: (item[0], _place(item[1])))
     return [neuron for _, neuron in order]
@@ -105,8 +110,9 @@ class Strongest(NamedTuple):
 
 def _both(context: PaperContext, number: str) -> Strongest:
     args = context.args
-    root = context.root_for(getattr(args, f"table{number}_task"), getattr(args, f"table{number}_model"),
-                            f"--table{number}_model")
+    root = context.root_for(
+        getattr(args, f"table{number}_task"), getattr(args, f"table{number}_model"), f"--table{number}_model"
+    )
     run = context.run_of(root, RunMode.SPECTRAL_PLAN)
     manifest = context.session.take(run, attribution_manifest(run), "neural_circuits/manifest.json")
     table = context.session.take(run, run.by_neuron, "flip_stats_by_neuron.csv")
@@ -122,20 +128,40 @@ def table_10(context: PaperContext) -> int:
     attributed, flippers, where = _both(context, "10")
     by_attribution = pd.Series([_layer(item.neuron) for item in attributed], dtype=object).value_counts()
     by_ablation = pd.Series([_layer(neuron) for neuron in flippers], dtype=object).value_counts()
-    layers = sorted(set(by_attribution.index) | set(by_ablation.index), key=lambda layer: (
-        -by_ablation.get(layer, 0), -by_attribution.get(layer, 0), _place(layer)))
+    layers = sorted(
+        set(by_attribution.index) | set(by_ablation.index),
+        key=lambda layer: (-by_ablation.get(layer, 0), -by_attribution.get(layer, 0), _place(layer)),
+    )
     columns = ["Layer", f"EAP-IG top-{n}", f"CHA top-{n}"]
-    rows = [(layer, _share(by_attribution.get(layer, 0), len(attributed)),
-             _share(by_ablation.get(layer, 0), len(flippers))) for layer in layers]
+    rows = [
+        (layer, _share(by_attribution.get(layer, 0), len(attributed)), _share(by_ablation.get(layer, 0), len(flippers)))
+        for layer in layers
+    ]
     frame = pd.DataFrame(rows, columns=columns)
-    context.write(Table("table10_layer_concentration", frame,
-                        f"Layers of the strongest neurons by attribution (EAP-IG) and by flips (CHA, "
-                        f"{context.args.cha_rank_metric}). {where}."))
-    context.session.csv("table10_eapig_top_neurons.csv", pd.DataFrame(
-        [(item.neuron, _layer(item.neuron), _index(item.neuron), item.strength, item.circuit_id)
-         for item in attributed], columns=["neuron", "layer", "neuron_id", "abs_ig", "source_circuit_id"]))
-    context.session.csv("table10_cha_top_neurons.csv", pd.DataFrame(
-        [(neuron, _layer(neuron), _index(neuron)) for neuron in flippers], columns=["neuron", "layer", "neuron_id"]))
+    context.write(
+        Table(
+            "table10_layer_concentration",
+            frame,
+            f"Layers of the strongest neurons by attribution (EAP-IG) and by flips (CHA, "
+            f"{context.args.cha_rank_metric}). {where}.",
+        )
+    )
+    context.session.csv(
+        "table10_eapig_top_neurons.csv",
+        pd.DataFrame(
+            [
+                (item.neuron, _layer(item.neuron), _index(item.neuron), item.strength, item.circuit_id)
+                for item in attributed
+            ],
+            columns=["neuron", "layer", "neuron_id", "abs_ig", "source_circuit_id"],
+        ),
+    )
+    context.session.csv(
+        "table10_cha_top_neurons.csv",
+        pd.DataFrame(
+            [(neuron, _layer(neuron), _index(neuron)) for neuron in flippers], columns=["neuron", "layer", "neuron_id"]
+        ),
+    )
     return len(frame)
 
 
@@ -149,11 +175,20 @@ def table_11(context: PaperContext) -> int:
     rows = []
     for rank in range(max(len(attributed), len(flippers))):
         item = attributed[rank] if rank < len(attributed) else None
-        rows.append((rank + 1, item.neuron if item else "", f"{item.strength:.5f}" if item else "",
-                     flippers[rank] if rank < len(flippers) else ""))
+        rows.append(
+            (
+                rank + 1,
+                item.neuron if item else "",
+                f"{item.strength:.5f}" if item else "",
+                flippers[rank] if rank < len(flippers) else "",
+            )
+        )
     frame = pd.DataFrame(rows, columns=["Rank", "EAP-IG neuron", "|IG|", "CHA neuron"])
-    context.write(Table("table11_top10_eapig_vs_cha", frame,
-                        f"Strongest neurons by attribution and by flips ({context.args.cha_rank_metric}). {where}."))
+    context.write(
+        Table(
+            "table11_top10_eapig_vs_cha",
+            frame,
+            f"Strongest neurons by attribution and by flips ({context.args.cha_rank_metric}). {where}.",
+        )
+    )
     return len(frame)
-
-

@@ -15,7 +15,7 @@ from lib.reporting.artifacts import REGIMES, Reading, RunFolder
 from lib.reporting.issues import Issue
 from lib.reporting.localization import Budget, agonists, budget, circuit_costs, effects_by_circuit, regime_of
 from lib.reporting.naming import BRUTE_FORCE_RUN, MAIN_RUN, RunMode, model_label, task_label
-from lib.reporting.paper_tables import PaperContext, main_tables_note, whole
+from lib.reporting.paper_tables import DEFAULT_MODEL, PaperContext, main_tables_note, whole
 from lib.reporting.tables import Table
 
 _SHORT_TASKS = {"Arithmetic": "Arith.", "Jailbreaking": "Jail.", "HANS NLI": "HANS"}
@@ -48,21 +48,35 @@ class Recall:
 
     def to_json(self) -> dict[str, Any]:
         """For the table's metadata."""
-        return {"task": self.task, "model": self.model, "baseline": self.regime, "circuit_ids": self.circuit_ids,
-                "n_bruteforce": len(self.effects), "n_recovered": len(self.recovered),
-                "missed": sorted(set(self.effects) - self.recovered), "n_group_tests": self.search.n_groups,
-                "n_candidates": self.n_candidates, "tree_size": self.n_tree}
+        return {
+            "task": self.task,
+            "model": self.model,
+            "baseline": self.regime,
+            "circuit_ids": self.circuit_ids,
+            "n_bruteforce": len(self.effects),
+            "n_recovered": len(self.recovered),
+            "missed": sorted(set(self.effects) - self.recovered),
+            "n_group_tests": self.search.n_groups,
+            "n_candidates": self.n_candidates,
+            "tree_size": self.n_tree,
+        }
 
 
 def recall_of(context: PaperContext, brute: RunFolder, main: RunFolder, regime: str, floor: float) -> Recall | None:
     """The comparison in one regime; None (and an issue) if one of the two is not there."""
     found = {run.run_name: _agonist_effects(context, run, regime) for run in (brute, main)}
-    costs = {run.run_name: context.session.take(run, circuit_costs(run, regime), f"{regime} rule_knockout.json")
-             for run in (brute, main)}
+    costs = {
+        run.run_name: context.session.take(run, circuit_costs(run, regime), f"{regime} rule_knockout.json")
+        for run in (brute, main)
+    }
     if any(effects is None for effects in found.values()) or any(not cost.is_usable for cost in costs.values()):
         return None
-    shared = tuple(sorted({cost.circuit_id for cost in costs[brute.run_name].value}
-                          & {cost.circuit_id for cost in costs[main.run_name].value}))
+    shared = tuple(
+        sorted(
+            {cost.circuit_id for cost in costs[brute.run_name].value}
+            & {cost.circuit_id for cost in costs[main.run_name].value}
+        )
+    )
     theirs = _within(found[brute.run_name], shared)
     ours = _within(found[main.run_name], shared)
     effects = {neuron: effect for neuron, effect in theirs.items() if effect >= floor}
@@ -83,12 +97,21 @@ def _agonist_effects(context: PaperContext, run: RunFolder, regime: str) -> dict
     members = {agonist.neuron for agonist in bucket.value}
     details = effects_by_circuit(run, regime)
     if details.is_usable and details.value is not None:
-        return {circuit: {neuron: abs(effect) for neuron, effect in effects.items() if neuron in members}
-                for circuit, effects in details.value.items()}
+        return {
+            circuit: {neuron: abs(effect) for neuron, effect in effects.items() if neuron in members}
+            for circuit, effects in details.value.items()
+        }
     if members:
-        context.session.issues.add(Issue(
-            run.root.task, run.root.llm, run.run_name, f"{regime} rule details", details.status.value,
-            f"{details.reason}; each agonist is counted for the circuit that saw it last"))
+        context.session.issues.add(
+            Issue(
+                run.root.task,
+                run.root.llm,
+                run.run_name,
+                f"{regime} rule details",
+                details.status.value,
+                f"{details.reason}; each agonist is counted for the circuit that saw it last",
+            )
+        )
     effects: dict[int, dict[str, float]] = {}
     for agonist in bucket.value:
         if agonist.circuit_id is not None and math.isfinite(agonist.effect):
@@ -141,15 +164,25 @@ def _row_3(labels: tuple[str, str, str], records: Sequence[Recall], bins: Sequen
     n_candidates = sum(n_known) if complete else None
     n_tree = sum(record.n_tree or 0 for record in records) if complete else None
     row: dict[str, Any] = {
-        "Task": labels[0], "Model": labels[1], "Baseline": labels[2], "Budget": _share(n_groups, n_tree),
-        "CHA ablations": n_groups, "BF ablations": n_tree, "N": n_candidates,
+        "Task": labels[0],
+        "Model": labels[1],
+        "Baseline": labels[2],
+        "Budget": _share(n_groups, n_tree),
+        "CHA ablations": n_groups,
+        "BF ablations": n_tree,
+        "N": n_candidates,
         "Budget of N": _share(n_groups, n_candidates),
         "Overall": recall_cell(sum(len(r.recovered) for r in records), sum(len(r.effects) for r in records)),
-        "#completed experiments": len(records)}
+        "#completed experiments": len(records),
+    }
     for number, (low, high) in enumerate(bins):
         is_last = number == len(bins) - 1
-        inside = [(neuron in record.recovered) for record in records for neuron, effect in record.effects.items()
-                  if low <= effect < high or (is_last and effect == high)]
+        inside = [
+            (neuron in record.recovered)
+            for record in records
+            for neuron, effect in record.effects.items()
+            if low <= effect < high or (is_last and effect == high)
+        ]
         row[bin_label(bins, number)] = recall_cell(sum(inside), len(inside))
     return row
 
@@ -169,8 +202,16 @@ def table_3(context: PaperContext) -> int:
         runs = [context.run_of(root, mode) for mode in (RunMode.BRUTE_FORCE, RunMode.SPECTRAL_PLAN)]
         for run in runs:
             if not run.exists:
-                context.session.issues.add(Issue(root.task, root.llm, run.run_name, "run folder", "missing",
-                                                 "no brute force to compare with, or no main run"))
+                context.session.issues.add(
+                    Issue(
+                        root.task,
+                        root.llm,
+                        run.run_name,
+                        "run folder",
+                        "missing",
+                        "no brute force to compare with, or no main run",
+                    )
+                )
         if all(run.exists for run in runs):
             found = [recall_of(context, *runs, regime, bins[0][0]) for regime in REGIMES]
             records += [record for record in found if record is not None]
@@ -179,21 +220,31 @@ def table_3(context: PaperContext) -> int:
         frame[name] = whole(list(frame[name]))
     context.write(Table("table3_compact_bf_vs_cha", frame, _caption_3(bins, context)))
     context.write(_recall_budget(records, bins, _caption_3(bins, context)))
-    context.write_json("table3_compact_metadata.json", {
-        "compared_runs": {"cha": MAIN_RUN, "bruteforce": BRUTE_FORCE_RUN}, "variant": context.variant or "main",
-        "counting_unit": "neuron of brute force's bucket, in one baseline regime",
-        "cha_scope": "circuits that both runs have searched, in numerator and denominator",
-        "effect_threshold_for_table3": bins[0][0], "bins": bins, "scope": args.table3_scope,
-        "tasks": sorted({record.task for record in records}), "n_completed_baseline_records": len(records),
-        "records": [record.to_json() for record in records]})
+    context.write_json(
+        "table3_compact_metadata.json",
+        {
+            "compared_runs": {"cha": MAIN_RUN, "bruteforce": BRUTE_FORCE_RUN},
+            "variant": context.variant or "main",
+            "counting_unit": "neuron of brute force's bucket, in one baseline regime",
+            "cha_scope": "circuits that both runs have searched, in numerator and denominator",
+            "effect_threshold_for_table3": bins[0][0],
+            "bins": bins,
+            "scope": args.table3_scope,
+            "tasks": sorted({record.task for record in records}),
+            "n_completed_baseline_records": len(records),
+            "records": [record.to_json() for record in records],
+        },
+    )
     return len(frame)
 
 
 def _caption_3(bins: Sequence[tuple[float, float]], context: PaperContext) -> str:
-    return (f"Agonists of brute force (effect of at least {bins[0][0]:g}) that the search found too, by effect, on the "
-            "circuits that both have searched. Budget: group tests in percent of 2N-1, the nodes of a binary tree over "
-            "the N candidates (BF ablations); Budget of N: in percent of N, one test per candidate. "
-            f"{main_tables_note(context)}")
+    return (
+        f"Agonists of brute force (effect of at least {bins[0][0]:g}) that the search found too, by effect, on the "
+        "circuits that both have searched. Budget: group tests in percent of 2N-1, the nodes of a binary tree over "
+        "the N candidates (BF ablations); Budget of N: in percent of N, one test per candidate. "
+        f"{main_tables_note(context)}"
+    )
 
 
 def _rows_3(records: Sequence[Recall], bins: Sequence[tuple[float, float]]) -> list[dict]:
@@ -236,76 +287,130 @@ def table_12(context: PaperContext) -> int:
                 rows.append(_row_12(run, regime, reading))
     frame = pd.DataFrame(rows, columns=list(_ROW_12))
     frame["N"] = whole(list(frame["N"]))
-    context.write(Table(
-        "table12_cha_ablation_budget", frame,
-        f"Group tests of the search in the main run, by circuit. {main_tables_note(context)}", decimals=1,
-        shown=tuple(name for name in _ROW_12 if name not in ("llm", "run_name"))))
+    context.write(
+        Table(
+            "table12_cha_ablation_budget",
+            frame,
+            f"Group tests of the search in the main run, by circuit. {main_tables_note(context)}",
+            decimals=1,
+            shown=tuple(name for name in _ROW_12 if name not in ("llm", "run_name")),
+        )
+    )
     return len(frame)
 
 
-_ROW_12 = ("Task", "Model", "Baseline", "#rules", "n ablation_groups (by circuit id)", "Mean", "Median", "Min–Max",
-           "Total", "N", "% of N", "% of 2N-1", "llm", "run_name")
+_ROW_12 = (
+    "Task",
+    "Model",
+    "Baseline",
+    "#rules",
+    "n ablation_groups (by circuit id)",
+    "Mean",
+    "Median",
+    "Min–Max",
+    "Total",
+    "N",
+    "% of N",
+    "% of 2N-1",
+    "llm",
+    "run_name",
+)
 
 
 def _row_12(run: RunFolder, regime: str, reading: Reading) -> dict[str, Any]:
     costs = sorted(reading.value, key=lambda cost: cost.circuit_id if cost.circuit_id is not None else -1)
     counts, total = [cost.n_groups for cost in costs], budget(costs)
     return {
-        "Task": task_label(run.root.task), "Model": model_label(run.root.llm),
-        "Baseline": _SHORT_REGIMES[regime].rstrip("."), "#rules": len(costs),
+        "Task": task_label(run.root.task),
+        "Model": model_label(run.root.llm),
+        "Baseline": _SHORT_REGIMES[regime].rstrip("."),
+        "#rules": len(costs),
         "n ablation_groups (by circuit id)": ",".join(f"{cost.circuit_id}:{cost.n_groups}" for cost in costs),
         "Mean": float(np.mean(counts)) if counts else math.nan,
         "Median": float(np.median(counts)) if counts else math.nan,
-        "Min–Max": f"{min(counts)}–{max(counts)}" if counts else "NA", "Total": total.n_groups,
-        "N": total.n_candidates, "% of N": total.percent_of_singles, "% of 2N-1": total.percent_of_tree,
-        "llm": run.root.llm, "run_name": run.run_name}
+        "Min–Max": f"{min(counts)}–{max(counts)}" if counts else "NA",
+        "Total": total.n_groups,
+        "N": total.n_candidates,
+        "% of N": total.percent_of_singles,
+        "% of 2N-1": total.percent_of_tree,
+        "llm": run.root.llm,
+        "run_name": run.run_name,
+    }
 
 
 # ---------------------------------------------------------------- table 13
 
 
+@dataclass(frozen=True)
+class AgonistSet:
+    """Agonists of one task over some regimes. present, missing: `task/model/regime` with and without a usable file."""
+
+    neurons: frozenset[str]
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
 def table_13(context: PaperContext) -> int:
     """Agonists of two tasks in one model, and how many they share."""
     args = context.args
-    regimes = {"both": REGIMES, "selected": (regime_of(args.baseline_subset),)}.get(
-        args.table13_baseline_scope, (args.table13_baseline_scope,))
-    sets, present, missing = [], [], []
-    for task in (args.table13_task_a, args.table13_task_b):
-        root = context.root_for(task, args.table13_model if _has_model(context, task) else None, "--table13_model")
-        run = context.run_of(root, RunMode.SPECTRAL_PLAN)
-        readings = {regime: context.session.take(run, agonists(run, regime), f"{regime} neuron_buckets.json")
-                    for regime in regimes}
-        names = [f"{root.unit}/{regime}" for regime in regimes]
-        usable = [reading.is_usable for reading in readings.values()]
-        present += [name for name, flag in zip(names, usable, strict=True) if flag]
-        missing += [name for name, flag in zip(names, usable, strict=True) if not flag]
-        sets.append({agonist.neuron for reading in readings.values() for agonist in reading.value or []
-                     if abs(agonist.effect) >= args.tau})
-    row = overlap_row(f"{model_label(context.args.table13_model or '')} {args.table13_task_a} vs "
-                      f"{args.table13_task_b}".strip(), *sets) if not missing else None
+    tasks, model = (args.table13_task_a, args.table13_task_b), _shared_model(context)
+    named = {"both": REGIMES, "selected": (regime_of(args.baseline_subset),)}
+    regimes = named.get(args.table13_baseline_scope, (args.table13_baseline_scope,))
+    first, second = (_agonist_set(context, task, model, regimes) for task in tasks)
+    missing = [*first.missing, *second.missing]
+    setting = f"{model_label(model)} {tasks[0]} vs {tasks[1]}"
+    row = None if missing else overlap_row(setting, set(first.neurons), set(second.neurons))
     frame = pd.DataFrame([row] if row else [], columns=["Setting", "|A|", "|J|", "|A ∩ J|", "Jaccard"])
-    context.write(Table(
-        "table13_cross_task_overlap", frame,
-        f"Agonists (effect of at least {args.tau:g}) of {args.table13_task_a} (A) and {args.table13_task_b} (J), "
-        f"baseline regimes: {', '.join(regimes)}."))
-    shared = sorted(set.intersection(*sets)) if row else []
+    caption = (
+        f"Agonists (effect of at least {args.tau:g}) of {tasks[0]} (A) and {tasks[1]} (J), baseline regimes: "
+        f"{', '.join(regimes)}."
+    )
+    context.write(Table("table13_cross_task_overlap", frame, caption))
+    shared = sorted(first.neurons & second.neurons) if row else []
     context.write_text("table13_intersection_neurons.txt", "".join(f"{neuron}\n" for neuron in shared))
-    context.write_json("table13_metadata.json", {
-        "status": "ok" if row else "skipped_missing_neuron_buckets", "task_a": args.table13_task_a,
-        "task_b": args.table13_task_b, "model": args.table13_model, "tau": args.tau,
-        "baseline_scope": args.table13_baseline_scope, "baseline_subsets": list(regimes), "present": present,
-        "missing": missing, "task_a_neurons": sorted(sets[0]), "task_b_neurons": sorted(sets[1]),
-        "intersection_neurons": shared, "jaccard": row["Jaccard"] if row else None})
+    content = {"status": "ok" if row else "skipped_missing_neuron_buckets", "task_a": tasks[0], "task_b": tasks[1]}
+    content |= {"model": model, "tau": args.tau, "baseline_scope": args.table13_baseline_scope}
+    content |= {"baseline_subsets": list(regimes), "present": [*first.present, *second.present], "missing": missing}
+    content |= {"task_a_neurons": sorted(first.neurons), "task_b_neurons": sorted(second.neurons)}
+    content |= {"intersection_neurons": shared, "jaccard": row["Jaccard"] if row else None}
+    context.write_json("table13_metadata.json", content)
     return len(frame)
 
 
-def _has_model(context: PaperContext, task: str) -> bool:
-    wanted = context.args.table13_model
-    return any(root.task == task and wanted in (root.llm, root.model) for root in context.roots)
+def _shared_model(context: PaperContext) -> str:
+    """The model asked for, else the paper's, else the first that has both tasks: always one and the same for both."""
+    args = context.args
+    if args.table13_model:
+        return args.table13_model
+    models = [
+        {root.llm for root in context.roots if root.task == task} for task in (args.table13_task_a, args.table13_task_b)
+    ]
+    both = [root.llm for root in context.roots if root.llm in models[0] & models[1]]
+    return DEFAULT_MODEL if DEFAULT_MODEL in both or not both else both[0]
+
+
+def _agonist_set(context: PaperContext, task: str, model: str, regimes: Sequence[str]) -> AgonistSet:
+    roots = [root for root in context.roots if root.task == task and model in (root.llm, root.model)]
+    if not roots:
+        context.session.issues.add(Issue(task, model, "", "model", "missing", "no finished run of it, for Table 13"))
+        return AgonistSet(frozenset(), (), tuple(f"{task}/{model}/{regime}" for regime in regimes))
+    run = context.run_of(roots[0], RunMode.SPECTRAL_PLAN)
+    neurons: set[str] = set()
+    places: dict[bool, list[str]] = {True: [], False: []}
+    for regime in regimes:
+        reading = context.session.take(run, agonists(run, regime), f"{regime} neuron_buckets.json")
+        places[reading.is_usable].append(f"{task}/{model}/{regime}")
+        neurons |= {agonist.neuron for agonist in reading.value or [] if abs(agonist.effect) >= context.args.tau}
+    return AgonistSet(frozenset(neurons), tuple(places[True]), tuple(places[False]))
 
 
 def overlap_row(setting: str, first: set[str], second: set[str]) -> dict[str, Any]:
     """Sizes of two sets, of their intersection, and its share of the union (0 if both are empty)."""
     union = len(first | second)
-    return {"Setting": setting, "|A|": len(first), "|J|": len(second), "|A ∩ J|": len(first & second),
-            "Jaccard": len(first & second) / union if union else 0.0}
+    return {
+        "Setting": setting,
+        "|A|": len(first),
+        "|J|": len(second),
+        "|A ∩ J|": len(first & second),
+        "Jaccard": len(first & second) / union if union else 0.0,
+    }

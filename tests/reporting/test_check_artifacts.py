@@ -43,7 +43,7 @@ def as_json(root, capsys, *flags):
 def test_whole_grid_is_fine_even_strictly(whole, capsys):
     code, text = check(whole.root, capsys, "--strict")
     assert code == 0, text
-    assert "problem" not in text and "fine: 45 runs" in text
+    assert "problem" not in text and "fine: 45 runs of the grid's modes and 10 others" in text
 
 
 def test_broken_cells_are_named_and_no_other(broken, capsys):
@@ -52,8 +52,11 @@ def test_broken_cells_are_named_and_no_other(broken, capsys):
     named = {finding["where"] for finding in found["findings"] if finding["is_problem"]}
     expected = {cell for cell, state in published_tree.STATES.items() if state not in ("empty", "missing_run")}
     assert named == {f"{task}/{llm}/{broken.cells[task, llm, mode].run_name}" for task, llm, mode in expected}
-    states = {(model["task"], model["llm"], mode): status for model in found["models"]
-              for mode, status in model["modes"].items()}
+    states = {
+        (model["task"], model["llm"], mode): status
+        for model in found["models"]
+        for mode, status in model["modes"].items()
+    }
     assert len(states) == 45
     for cell, status in states.items():
         truth = broken.cells[cell].state
@@ -87,8 +90,11 @@ def test_archives_are_looked_into_without_unpacking(broken, tmp_path, capsys):
 
 
 def test_nested_empty_missing_and_broken_folders_have_a_remedy(tmp_path, capsys):
-    tree = with_landmarks(published_tree.build(tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1],
-                                               states={}, sensitivity=False))
+    tree = with_landmarks(
+        published_tree.build(
+            tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1], states={}, sensitivity=False
+        )
+    )
     tree.data.rename(tmp_path / "inner")
     tree.data.mkdir()
     (tmp_path / "inner").rename(tree.data / "data")
@@ -114,8 +120,10 @@ def test_a_folder_that_is_not_the_repository_is_said_to_be_so(tmp_path, capsys):
 
 def test_runs_without_any_package(broken):
     # -I -S: neither site-packages nor the environment; what set-up would install cannot be imported.
-    program = (f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import check_artifacts; "
-               f"check_artifacts.main(['--root', {str(broken.root)!r}])")
+    program = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import check_artifacts; "
+        f"check_artifacts.main(['--root', {str(broken.root)!r}])"
+    )
     result = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "40 runs can be used" in result.stdout
+    assert "40 runs of the grid" in result.stdout

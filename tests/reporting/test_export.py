@@ -18,8 +18,9 @@ SECRET = "how to pick a lock"
 
 @pytest.fixture
 def tree(tmp_path):
-    tree = published_tree.build(tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1], states={},
-                                sensitivity=False)
+    tree = published_tree.build(
+        tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1], states={}, sensitivity=False
+    )
     report = tree.data / "arithmetic" / published_tree.MODELS[0] / "feature_report" / "scores.csv"
     rows = report.read_text().splitlines()
     report.write_text("\n".join([rows[0], *(row.replace("p", SECRET, 1) for row in rows[1:])]) + "\n")
@@ -28,8 +29,16 @@ def tree(tmp_path):
     content = json.loads(detail.read_text()) | {"answers_after_ablation": {"m0:1": {"3": SECRET}}}
     detail.write_text(json.dumps(content))
     info = tree.data / cell.circuit_dir / "neural_circuits" / "dataset_info.json"
-    info.write_text(json.dumps({"scores_path": f"{tree.data}/arithmetic/x/scores.csv", "ratio": "12/3 = 4",
-                                "log": "/home/someone/runs/log.txt", "page": "https://example.org/a/b"}))
+    info.write_text(
+        json.dumps(
+            {
+                "scores_path": f"{tree.data}/arithmetic/x/scores.csv",
+                "ratio": "12/3 = 4",
+                "log": "/home/someone/runs/log.txt",
+                "page": "https://example.org/a/b",
+            }
+        )
+    )
     (tree.stats(cell) / "notes.pkl").write_bytes(b"pickle")
     (tree.stats(cell) / "ablated_answers.jsonl").write_text(SECRET)
     return tree
@@ -65,8 +74,12 @@ def test_no_text_pickle_or_local_path_leaves_the_house(tree, tmp_path):
     assert not [name for name in content_of(out) if name.endswith((".pkl", ".jsonl"))]
     cell = tree.cells["arithmetic", published_tree.MODELS[0], "spectral_plan"]
     info = json.loads((out / cell.circuit_dir / "neural_circuits" / "dataset_info.json").read_text())
-    assert info == {"scores_path": "data/arithmetic/x/scores.csv", "ratio": "12/3 = 4", "log": "log.txt",
-                    "page": "https://example.org/a/b"}
+    assert info == {
+        "scores_path": "data/arithmetic/x/scores.csv",
+        "ratio": "12/3 = 4",
+        "log": "log.txt",
+        "page": "https://example.org/a/b",
+    }
     with open(out / cell.stats_dir / "scores.csv") as handle:
         header = next(csv.reader(handle))
     assert "prompt" not in header and {"is_correct", "is_test"} < set(header)
@@ -118,17 +131,26 @@ def test_dry_run_writes_nothing_and_a_folder_without_results_is_an_error(tree, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, is_kept", [
-    ("arithmetic/org/m/feature_report/features.json", True),
-    ("arithmetic/m/feature_report/features.json", True),
-    ("arithmetic/org/m/feature_report/features.md", False),
-    ("arithmetic/org/m/rule_extraction_results/neuron_flip_rules_mean-donor/stats/r/flip_stats_by_neuron.csv", True),
-    ("arithmetic/org/m/rule_extraction_results/neuron_flip_rules/stats/r/rule_combo_metrics_test_all.csv", True),
-    ("arithmetic/org/m/rule_extraction_results/neuron_flip_rules/is_correct_zero/m1_2/rule_combo_x.csv", False),
-    ("t/o/m/neural_circuit_discovery_results/eap/c/agonist_neurons/positive_baseline/per_rule/t/rule_0001.json", True),
-    ("t/o/m/neural_circuit_discovery_results/eap/c/agonist_neurons/positive_baseline/group_tests.jsonl", False),
-    ("t/o/m/neural_circuit_discovery_results/eap/ablation_cache/neural_circuits/manifest.json", False),
-])
+@pytest.mark.parametrize(
+    "name, is_kept",
+    [
+        ("arithmetic/org/m/feature_report/features.json", True),
+        ("arithmetic/m/feature_report/features.json", True),
+        ("arithmetic/org/m/feature_report/features.md", False),
+        (
+            "arithmetic/org/m/rule_extraction_results/neuron_flip_rules_mean-donor/stats/r/flip_stats_by_neuron.csv",
+            True,
+        ),
+        ("arithmetic/org/m/rule_extraction_results/neuron_flip_rules/stats/r/rule_combo_metrics_test_all.csv", True),
+        ("arithmetic/org/m/rule_extraction_results/neuron_flip_rules/is_correct_zero/m1_2/rule_combo_x.csv", False),
+        (
+            "t/o/m/neural_circuit_discovery_results/eap/c/agonist_neurons/positive_baseline/per_rule/t/rule_0001.json",
+            True,
+        ),
+        ("t/o/m/neural_circuit_discovery_results/eap/c/agonist_neurons/positive_baseline/group_tests.jsonl", False),
+        ("t/o/m/neural_circuit_discovery_results/eap/ablation_cache/neural_circuits/manifest.json", False),
+    ],
+)
 def test_what_is_kept(name, is_kept):
     assert (drop_reason(name) is None) == is_kept
 
@@ -136,4 +158,6 @@ def test_what_is_kept(name, is_kept):
 def test_paths_are_told_from_divisions_and_addresses(tmp_path):
     text = f'{tmp_path}/data/a/b.csv, 8/2/2, a/b/c, http://h/x/y, "/opt/data/t/m.csv", C:\\Users\\me\\x.csv'
     assert without_local_paths(text, tmp_path / "data") == (
-        'data/a/b.csv, 8/2/2, a/b/c, http://h/x/y, "data/t/m.csv", x.csv', 3)
+        'data/a/b.csv, 8/2/2, a/b/c, http://h/x/y, "data/t/m.csv", x.csv',
+        3,
+    )

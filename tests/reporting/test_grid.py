@@ -15,13 +15,17 @@ from lib.reporting.naming import RunMode
 from lib.run_names import REGIMES
 from tests.scripts import REPOSITORY
 
-SHELLS = ("run_mecharule_experiments.sh", "run_sensitivity_analysis.sh", "run_resample_recheck.sh",
-          "run_paper_tables_generation.sh")
+SHELLS = (
+    "run_mecharule_experiments.sh",
+    "run_sensitivity_analysis.sh",
+    "run_resample_recheck.sh",
+    "run_paper_tables_generation.sh",
+)
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("TASKS", "MODELS", "MODES", "EXTRA_FLAGS", "SIZES", "RATES"):
+    for name in ("TASKS", "MODELS", "MODES", "EXTRA_FLAGS", "SIZES", "RATES", "BASE_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -34,16 +38,21 @@ def test_grid_is_3_tasks_3_models_5_modes():
 def test_pipeline_gives_each_cell_the_folder_of_its_name(cell):
     paths = grid_runner.cell_paths(cell, [])
     assert paths.choices == cell.choices
-    assert paths.stats_dir.as_posix() == (f"data/{cell.task}/{cell.model}/rule_extraction_results/neuron_flip_rules/"
-                                          f"stats/{cell.choices.run_name}")
+    assert paths.stats_dir.as_posix() == (
+        f"data/{cell.task}/{cell.model}/rule_extraction_results/neuron_flip_rules/stats/{cell.choices.run_name}"
+    )
 
 
 def test_names_of_the_five_modes():
     names = [grid.Cell("arithmetic", "org/model", mode).choices.run_name for mode in RunMode]
     stem, bag = "rule_split-spectral_sample-decode_only", "agonist_neurons-fast"
     assert names == [
-        f"{stem}-{bag}-spectral_anchor", f"{stem}-{bag}-random_anchor", f"{stem}-{bag}-spectral_anchor-fake_targets",
-        f"spectral_split-decode_only-{bag}-random_anchor", f"{stem}-agonist_neurons-spectral_anchor"]
+        f"{stem}-{bag}-spectral_anchor",
+        f"{stem}-{bag}-random_anchor",
+        f"{stem}-{bag}-spectral_anchor-fake_targets",
+        f"spectral_split-decode_only-{bag}-random_anchor",
+        f"{stem}-agonist_neurons-spectral_anchor",
+    ]
     hans = grid.Cell("hans_nli", "org/model", RunMode.SPECTRAL_PLAN).choices.run_name
     assert hans == "rule_split-spectral_sample-agonist_neurons-fast-spectral_anchor"
 
@@ -62,9 +71,11 @@ def test_brute_force_leaves_the_shared_manifest_as_it_is():
 
 def test_environment_restricts_the_grid():
     chosen = grid.Selection.from_environment(
-        {"TASKS": "hans_nli,arithmetic", "MODELS": " a/b  c ", "MODES": "brute_force"})
+        {"TASKS": "hans_nli,arithmetic", "MODELS": " a/b  c ", "MODES": "brute_force"}
+    )
     assert [(cell.task, cell.model, cell.mode) for cell in chosen.cells()] == [
-        (task, model, RunMode.BRUTE_FORCE) for task in ("hans_nli", "arithmetic") for model in ("a/b", "c")]
+        (task, model, RunMode.BRUTE_FORCE) for task in ("hans_nli", "arithmetic") for model in ("a/b", "c")
+    ]
     with pytest.raises(UserError, match="MODES names 'bruteforce'.*brute_force"):
         grid.Selection.from_environment({"MODES": "bruteforce"})
 
@@ -80,14 +91,21 @@ def test_extra_flags_come_last_and_win():
 
 def test_sensitivity_changes_one_factor_at_a_time():
     selection = grid.Selection(("arithmetic",), ("org/model",), tuple(RunMode))
-    cells = grid.sensitivity_cells(selection, {})
+    (cells,) = grid.sensitivity_cells(selection, {})
     assert [(cell.circuit_size, cell.min_flip_rate) for cell in cells] == [
-        (100_000, "0.2"), (25_000, "0.2"), (80_000, "0.2"), (100_000, "0.3"), (100_000, "0.4"), (100_000, "0.5")]
+        (100_000, "0.2"), (25_000, "0.2"), (80_000, "0.2"), (100_000, "0.3"), (100_000, "0.4"), (100_000, "0.5")
+    ]  # fmt: skip
     assert [cell.more_flags for cell in cells if cell.more_flags] == [("--include_zero_scores",)]
     assert "-M25000-decode_only-" in cells[1].choices.run_name and cells[3].choices.run_name.endswith("-tau0.3")
-    assert len(grid.sensitivity_cells(selection, {"SIZES": "500", "RATES": "0.3 0.4"})) == 4
+    (cells,) = grid.sensitivity_cells(selection, {"BASE_SIZE": "900", "SIZES": "500 900", "RATES": "0.2 0.3"})
+    assert [(cell.circuit_size, cell.min_flip_rate) for cell in cells] == [(900, "0.2"), (500, "0.2"), (900, "0.3")]
     with pytest.raises(UserError, match="SIZES"):
         grid.sensitivity_cells(selection, {"SIZES": "many"})
+
+
+def test_sensitivity_refuses_flags_that_would_undo_it():
+    with pytest.raises(UserError, match="BASE_SIZE and SIZES"):
+        grid_plans.sensitivity(["--circuit_size", "500"])
 
 
 class Spoken(Report):
@@ -101,9 +119,11 @@ class Spoken(Report):
 
 def test_a_failed_step_does_not_stop_the_others_and_is_listed(tmp_path, capfd):
     done = []
-    steps = [grid_runner.Step("broken", ["false"], finish=lambda: done.append("broken")),
-             grid_runner.Step("fine", ["touch", str(tmp_path / "fine")], finish=lambda: done.append("fine")),
-             grid_runner.Step("finished", ["touch", str(tmp_path / "never")], skip_reason=lambda: "finished: there")]
+    steps = [
+        grid_runner.Step("broken", ["false"], finish=lambda: done.append("broken")),
+        grid_runner.Step("fine", ["touch", str(tmp_path / "fine")], finish=lambda: done.append("fine")),
+        grid_runner.Step("finished", ["touch", str(tmp_path / "never")], skip_reason=lambda: "finished: there"),
+    ]
     report = Spoken()
     assert grid_runner.run_steps(steps, report, dry_run=False) == 1
     assert (tmp_path / "fine").exists() and not (tmp_path / "never").exists()
@@ -171,18 +191,35 @@ def test_shells_are_correct_bash(shell):
 
 
 def dry_run(plan, *arguments, **environment):
-    return subprocess.run([sys.executable, "-m", "lib.grid_plans", plan, "--dry_run", *arguments], cwd=REPOSITORY,
-                          capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "lib.grid_plans", plan, "--dry_run", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
 
 
 def test_dry_run_prints_every_command_and_runs_none(tmp_path):
-    result = dry_run("experiments", "--", "--data_root", str(tmp_path / "d"), "--cache_root", str(tmp_path / "c"),
-                     TASKS="arithmetic", MODELS="SmolLM2-135M-Instruct", EXTRA_FLAGS="--no_llm")
+    result = dry_run(
+        "experiments",
+        "--",
+        "--data_root",
+        str(tmp_path / "d"),
+        "--cache_root",
+        str(tmp_path / "c"),
+        TASKS="arithmetic",
+        MODELS="SmolLM2-135M-Instruct",
+        EXTRA_FLAGS="--no_llm",
+    )
     assert result.returncode == 0, result.stderr
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
     assert [command[1] for command in commands] == ["_run_pipeline.sh"] * 5 + [
-        "8_compare_experiments.py", "9_compare_models.py", "8_compare_experiments.py",
-        "10_compute_threshold_sweep_stats.py"]
+        "8_compare_experiments.py",
+        "9_compare_models.py",
+        "8_compare_experiments.py",
+        "10_compute_threshold_sweep_stats.py",
+    ]
     assert all("--no_llm" in command for command in commands[:5]) and list(tmp_path.iterdir()) == []
     assert value(commands[5], "--stats_path") == f"{tmp_path}/d/arithmetic"
 
@@ -198,5 +235,7 @@ def test_sensitivity_summary_starts_from_the_main_run():
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
     assert len(commands) == 4 and commands[-1][1] == "11_summarize_sensitivity_analysis.py"
     assert value(commands[-1], "--out_dir") == "paper_tables/sensitivity_summary/arithmetic/org_model"
-    assert value(commands[-1], "--baseline_run_name") == grid.Cell(
-        "arithmetic", "org/model", RunMode.SPECTRAL_PLAN).choices.run_name
+    assert (
+        value(commands[-1], "--baseline_run_name")
+        == grid.Cell("arithmetic", "org/model", RunMode.SPECTRAL_PLAN).choices.run_name
+    )

@@ -17,8 +17,15 @@ def write_pair(root, left: dict[str, set[int]], right: dict[str, set[int]], rule
     """Two runs of one model with given flips; returns (stats folder of the first, of the second, the two cells)."""
     cells = []
     for bag, flips in (("a", left), ("b", right)):
-        cell = Cell("arithmetic", "org/model", "spectral_plan", "rule_split-spectral_sample-decode_only",
-                    f"agonist_neurons-fast-spectral_anchor-{bag}", False, flips=flips)
+        cell = Cell(
+            "arithmetic",
+            "org/model",
+            "spectral_plan",
+            "rule_split-spectral_sample-decode_only",
+            f"agonist_neurons-fast-spectral_anchor-{bag}",
+            False,
+            flips=flips,
+        )
         cell.rules = [row for row in rules if row["neuron_key"].replace("_", ":") in flips]
         published_tree._write_stats(root / "data" / cell.stats_dir, cell, scores=False)
         cells.append(cell)
@@ -28,14 +35,22 @@ def write_pair(root, left: dict[str, set[int]], right: dict[str, set[int]], rule
 def rule(neuron: str, mcc: float, scope: str = "all_fit") -> dict:
     label, _, index = neuron.partition(":")
     return dict.fromkeys(published_tree.RULE_COLUMNS, "") | {
-        "layer_key": label, "neuron_id": int(index), "neuron_key": f"{label}_{index}", "score_scope": scope,
-        "computed_on": scope, "MCC": mcc, "dataset_coverage": 0.1, "flip_target": f"flip_{label}_{index}"}
+        "layer_key": label,
+        "neuron_id": int(index),
+        "neuron_key": f"{label}_{index}",
+        "score_scope": scope,
+        "computed_on": scope,
+        "MCC": mcc,
+        "dataset_coverage": 0.1,
+        "flip_target": f"flip_{label}_{index}",
+    }
 
 
 def summarize(tmp_path, left, right, *flags):
     out = tmp_path / "out"
-    code = summarize_intervention_shift.main([
-        "--baseline_dir", str(left), "--candidate_dir", str(right), "--output_csv", str(out / "summary.csv"), *flags])
+    code = summarize_intervention_shift.main(
+        ["--baseline_dir", str(left), "--candidate_dir", str(right), "--output_csv", str(out / "summary.csv"), *flags]
+    )
     report = json.loads((out / "intervention_shift_report.json").read_text()) if code == 0 else None
     return code, out, report
 
@@ -53,8 +68,14 @@ def test_neurons_are_paired_and_counted(tmp_path):
     left, right, _ = write_pair(tmp_path, LEFT, RIGHT)
     code, out, report = summarize(tmp_path, left, right, "--no_plots")
     assert code == 0
-    assert report["neuron_sets"] == {"n_baseline": 4, "n_candidate": 4, "n_overlap": 3, "n_gained": 1, "n_lost": 1,
-                                     "jaccard": 3 / 5}
+    assert report["neuron_sets"] == {
+        "n_baseline": 4,
+        "n_candidate": 4,
+        "n_overlap": 3,
+        "n_gained": 1,
+        "n_lost": 1,
+        "jaccard": 3 / 5,
+    }
     rows = {f"{row['layer_key']}:{row['neuron_id']}": row for row in rows_of(out / "summary.csv")}
     assert set(rows) == set(LEFT) | set(RIGHT)
     for neuron, row in rows.items():
@@ -94,8 +115,9 @@ def test_high_quality_coverage_is_of_eligible_rows(tmp_path):
     assert float(any_row["hq_union_share_of_all_pct"]) == pytest.approx(100.0)
     assert any_row["hq_coverage_share_pct"] == any_row["high_union_pct"]
     # The layers use the same denominators as the overview.
-    layers = {(row["intervention"], row["layer_key"]): row
-              for row in rows_of(out / "intervention_shift_hq_by_layer.csv")}
+    layers = {
+        (row["intervention"], row["layer_key"]): row for row in rows_of(out / "intervention_shift_hq_by_layer.csv")
+    }
     assert float(layers["mean", "m0"]["c2i_high_union_pct"]) == pytest.approx(100 * 20 / N_CORRECT)
     assert layers["mean-donor", "m0"]["high_quality_neurons"] == "2"
 
@@ -113,8 +135,11 @@ def test_figures_are_drawn_for_shared_neurons(tmp_path):
     left, right, _ = write_pair(tmp_path, LEFT, RIGHT)
     _, out, _ = summarize(tmp_path, left, right)
     names = {path.stem for path in out.glob("*.pdf")}
-    assert {f"intervention_shift_{kind}_{metric}_rate" for kind in ("scatter", "delta_hist")
-            for metric in ("flip_any", "c2i", "i2c")} <= names
+    assert {
+        f"intervention_shift_{kind}_{metric}_rate"
+        for kind in ("scatter", "delta_hist")
+        for metric in ("flip_any", "c2i", "i2c")
+    } <= names
     assert not any("semantic" in name for name in names)
 
 
@@ -131,8 +156,9 @@ def test_scope_is_the_one_asked_for(tmp_path, capsys):
     left, right, _ = write_pair(tmp_path, LEFT, RIGHT, rules)
     code, out, _ = summarize(tmp_path, left, right, "--hq_score_scope", "test", "--no_plots")
     assert code == 2 and "--allow_missing_hq_coverage" in capsys.readouterr().err
-    code, out, _ = summarize(tmp_path, left, right, "--hq_score_scope", "test", "--no_plots",
-                             "--allow_missing_hq_coverage")
+    code, out, _ = summarize(
+        tmp_path, left, right, "--hq_score_scope", "test", "--no_plots", "--allow_missing_hq_coverage"
+    )
     assert code == 0
     row = rows_of(out / "intervention_shift_hq_summary.csv")[0]
     assert (row["score_scope"], row["high_quality_neurons"], row["high_union_pct"]) == ("test", "1", "")

@@ -14,6 +14,8 @@ import pytest
 
 import clean_results_for_export
 import make_paper_tables
+from lib.reporting.naming import RunMode
+from lib.reporting.paper_tables import expected_run
 from lib.reporting.paper_tables_search import bin_label, overlap_row, parse_bins, recall_cell
 from tests import published_tree
 from tests.published_tree import MODELS, N_CORRECT, N_ROWS
@@ -22,8 +24,12 @@ from tests.scripts import REPOSITORY
 TASKS = ("arithmetic", "bon_jailbreaking")
 SHORT_TASK = {"arithmetic": "Arithmetic", "bon_jailbreaking": "Jailbreaking", "hans_nli": "HANS NLI"}
 SHORT_MODEL = dict(zip(MODELS, ("Qwen2-1.5B", "Qwen2-7B", "GPT-J"), strict=True))
-TABLE_2_MODES = {"spectral_plan": "Rule split + spectral coverage", "spectral_split": "Spectral split (no rule)",
-                 "random_plan": "Rule split + random coverage", "fake_targets": "Fake rule split + spectral coverage"}
+TABLE_2_MODES = {
+    "spectral_plan": "Rule split + spectral coverage",
+    "spectral_split": "Spectral split (no rule)",
+    "random_plan": "Rule split + random coverage",
+    "fake_targets": "Fake rule split + spectral coverage",
+}
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
 BINS = ((0.2, 0.3), (0.3, 0.5), (0.5, 1.0))
 
@@ -62,15 +68,18 @@ def test_table_1(made):
     tree, out = made
     rows = rows_of(out / "table1_main_high_quality_neurons.csv")
     assert [(row["Task"], row["Model"]) for row in rows] == [
-        (task, model) for task in ("Arithmetic", "Jailbreaking") for model in ("Qwen2-7B", "GPT-J", "Qwen2-1.5B")]
+        (task, model) for task in ("Arithmetic", "Jailbreaking") for model in ("Qwen2-7B", "GPT-J", "Qwen2-1.5B")
+    ]
     for row in rows:
         task = next(name for name, label in SHORT_TASK.items() if label == row["Task"])
         cell = tree.cells[task, row["llm"], "spectral_plan"]
         assert int(row["# Loc."]) == len(cell.flips)
         for scope, column in (("test", "HQ(TEST)"), ("all_fit", "HQ(ALL-FIT)")):
             assert int(row[column]) == sum(mcc >= 0.7 for mcc in cell.best(scope).values())
-        expected = {"∪(1→0) (elig. %)": 100 * cell.union("c2i") / N_CORRECT,
-                    "∪(0→1) (elig. %)": 100 * cell.union("i2c") / (N_ROWS - N_CORRECT)}
+        expected = {
+            "∪(1→0) (elig. %)": 100 * cell.union("c2i") / N_CORRECT,
+            "∪(0→1) (elig. %)": 100 * cell.union("i2c") / (N_ROWS - N_CORRECT),
+        }
         for column, value in expected.items():
             if cell.state == "truncated_coverage":
                 assert row[column] == "" and row["status"] == "invalid"
@@ -88,7 +97,8 @@ def test_table_1_coverage_of_high_quality_neurons(made, tmp_path):
             high = {key for key, mcc in cell.best("all_fit").items() if mcc >= 0.7}
             flipped = set().union(*(rows for name, rows in cell.flips.items() if name.replace(":", "_") in high))
             assert float(row["∪(1→0) (elig. %)"]) == pytest.approx(
-                100 * len([number for number in flipped if number < N_CORRECT]) / N_CORRECT)
+                100 * len([number for number in flipped if number < N_CORRECT]) / N_CORRECT
+            )
 
 
 def test_table_1_says_not_available_instead_of_another_denominator(made, tmp_path):
@@ -103,7 +113,8 @@ def test_table_1_says_not_available_instead_of_another_denominator(made, tmp_pat
 
 def available(cell, scope):
     return cell.state not in ("missing_rules", "missing_run") and not (
-        cell.state == "stale_manifest" and scope != "test")
+        cell.state == "stale_manifest" and scope != "test"
+    )
 
 
 def test_table_2_per_run(whole):
@@ -143,24 +154,32 @@ def test_table_2_totals_count_zero_as_zero_and_leave_missing_out(made):
 def test_stale_manifest_keeps_the_held_out_rows_only(made, tmp_path):
     tree, _ = made
     make(tree.data, tmp_path, "--which", "table2", "--include_hans_in_main_tables")
-    rows = [row for row in rows_of(tmp_path / "table2_threshold_sweep_per_run_long.csv")
-            if (row["task"], row["llm"]) == ("hans_nli", MODELS[1]) and row["Method"] == TABLE_2_MODES["random_plan"]]
+    rows = [
+        row
+        for row in rows_of(tmp_path / "table2_threshold_sweep_per_run_long.csv")
+        if (row["task"], row["llm"]) == ("hans_nli", MODELS[1]) and row["Method"] == TABLE_2_MODES["random_plan"]
+    ]
     assert {(row["score_scope"], row["status"]) for row in rows} == {("test", "ok"), ("all_fit", "stale")}
 
 
 def test_support_floor_comes_before_the_best_row(tmp_path):
-    tree = published_tree.build(tmp_path, tasks=("arithmetic",), models=MODELS[:1], states={}, sensitivity=False,
-                                scores=False)
+    tree = published_tree.build(
+        tmp_path, tasks=("arithmetic",), models=MODELS[:1], states={}, sensitivity=False, scores=False
+    )
     cell = tree.cells["arithmetic", MODELS[0], "spectral_plan"]
     path = tree.stats(cell) / "rule_combo_metrics_test_all.csv"
     rows = rows_of(path)[:1] * 2
-    rows = [row | {"MCC": mcc, "dataset_coverage": cover} for row, mcc, cover in zip(
-        rows, (1.0, 0.72), (0.001, 0.02), strict=True)]
+    rows = [
+        row | {"MCC": mcc, "dataset_coverage": cover}
+        for row, mcc, cover in zip(rows, (1.0, 0.72), (0.001, 0.02), strict=True)
+    ]
     published_tree._write_csv(path, published_tree.RULE_COLUMNS, rows)
     make(tree.data, tmp_path / "out", "--which", "table2", "--score_scopes", "test", "--thresholds", "0.7,0.75")
-    counts = [row["n_high_quality_neurons"] for row in rows_of(
-        tmp_path / "out" / "table2_threshold_sweep_per_run_long.csv")
-        if row["Method"] == TABLE_2_MODES["spectral_plan"]]
+    counts = [
+        row["n_high_quality_neurons"]
+        for row in rows_of(tmp_path / "out" / "table2_threshold_sweep_per_run_long.csv")
+        if row["Method"] == TABLE_2_MODES["spectral_plan"]
+    ]
     assert counts == ["1", "0"]
 
 
@@ -222,9 +241,12 @@ def test_table_3(made):
                 continue
             for regime in ("positive", "negative"):
                 found = recall_by_hand(tree, task, model, regime)
-                for key in ((SHORT_TASK[task], SHORT_MODEL[model], regime),
-                            (SHORT_TASK[task], SHORT_MODEL[model], "both"), (SHORT_TASK[task], "All", "both"),
-                            ("All", "All", "both")):
+                for key in (
+                    (SHORT_TASK[task], SHORT_MODEL[model], regime),
+                    (SHORT_TASK[task], SHORT_MODEL[model], "both"),
+                    (SHORT_TASK[task], "All", "both"),
+                    ("All", "All", "both"),
+                ):
                     sums.setdefault(key, []).append(found)
     assert set(rows) == set(sums)
     for key, parts in sums.items():
@@ -247,8 +269,12 @@ def test_table_3(made):
 def test_table_3_by_hand():
     brute, search = {"x": 0.25, "y": 0.4, "z": 0.9}, {"y", "z"}
     bins = parse_bins("0.2,0.3,0.5,1.0")
-    found = [recall_cell(sum(n in search for n, e in brute.items() if low <= e < high),
-                         sum(low <= e < high for e in brute.values())) for low, high in bins]
+    found = [
+        recall_cell(
+            sum(n in search for n, e in brute.items() if low <= e < high), sum(low <= e < high for e in brute.values())
+        )
+        for low, high in bins
+    ]
     assert found == ["0/1 (0.0%)", "1/1 (100.0%)", "1/1 (100.0%)"] and recall_cell(2, 3) == "2/3 (66.7%)"
     assert [bin_label(bins, number) for number in range(3)] == ["[0.2, 0.3)", "[0.3, 0.5)", "[0.5, 1.0]"]
 
@@ -282,6 +308,16 @@ def test_table_13(made):
     assert [int(row[name]) for name in ("|A|", "|J|", "|A ∩ J|")] == [*map(len, sets), len(sets[0] & sets[1])]
     assert float(row["Jaccard"]) == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))
     assert (out / "table13_intersection_neurons.txt").read_text().split() == sorted(sets[0] & sets[1])
+
+
+def test_table_13_never_mixes_models(made, tmp_path):
+    """One task of the asked-for model is not compared with the other task of another model."""
+    tree, _ = made
+    make(tree.data, tmp_path, "--which", "table13", "--table13_model", "no/such")
+    assert json.loads((tmp_path / "table13_metadata.json").read_text())["present"] == []
+    make(tree.data, tmp_path, "--which", "table13", "--models", MODELS[0])
+    metadata = json.loads((tmp_path / "table13_metadata.json").read_text())
+    assert metadata["model"] == MODELS[0] and metadata["status"] == "ok"
 
 
 def test_overlap_by_hand():
@@ -329,8 +365,14 @@ def rankings(tree):
             best[layer, index] = max(best.get((layer, index), 0.0), abs(score))
     attributed = sorted(((-score, *place) for place, score in best.items()))
     flips = rows_of(tree.stats(cell) / "flip_stats_by_neuron.csv")
-    flips.sort(key=lambda row: (-float(row["c2i_rate"]), -float(row["flip_any_rate"]),
-                                int(row["layer_label"][1:]), int(row["neuron_id"])))
+    flips.sort(
+        key=lambda row: (
+            -float(row["c2i_rate"]),
+            -float(row["flip_any_rate"]),
+            int(row["layer_label"][1:]),
+            int(row["neuron_id"]),
+        )
+    )
     return attributed, [row["neuron"] for row in flips]
 
 
@@ -370,9 +412,15 @@ def test_broken_cells_are_named_and_strict_refuses_them(made, tmp_path, capsys):
 def test_every_table_has_three_forms_and_plain_latex(whole):
     _, out = whole
     stems = {path.stem for path in out.glob("*.tex")}
-    assert {"table1_main_high_quality_neurons", "table3_e2_recall_budget", "table9_baseline_performance",
-            "table10_layer_concentration", "table11_top10_eapig_vs_cha", "table12_cha_ablation_budget",
-            "table13_cross_task_overlap"} <= stems
+    assert {
+        "table1_main_high_quality_neurons",
+        "table3_e2_recall_budget",
+        "table9_baseline_performance",
+        "table10_layer_concentration",
+        "table11_top10_eapig_vs_cha",
+        "table12_cha_ablation_budget",
+        "table13_cross_task_overlap",
+    } <= stems
     for stem in stems:
         assert (out / f"{stem}.csv").is_file() and (out / f"{stem}.md").is_file()
         text = (out / f"{stem}.tex").read_text()
@@ -389,8 +437,15 @@ def test_sources_are_recorded_without_local_paths(made):
     assert f"{cell.stats_dir}/rule_combo_metrics_test_all.csv" in names and all(not n.startswith("/") for n in names)
 
 
-@pytest.mark.parametrize("flags", [("--which", "table4"), ("--score_scopes", "tset"), ("--table3_bins", "0.3,0.2"),
-                                   ("--which", "table10", "--table10_model", "no/such")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--which", "table4"),
+        ("--score_scopes", "tset"),
+        ("--table3_bins", "0.3,0.2"),
+        ("--which", "table10", "--table10_model", "no/such"),
+    ],
+)
 def test_mistakes_are_errors_not_silence(made, tmp_path, flags, capsys):
     tree, _ = made
     assert make(tree.data, tmp_path / "out", *flags) == 2
@@ -409,8 +464,9 @@ def test_a_reduced_run_of_another_model_gives_every_table(tmp_path):
     """A small model with another circuit size, as on a computer without a GPU: its runs are the ones compared."""
     from tests.published_tree import make_cell
 
-    tree = published_tree.build(tmp_path, tasks=("arithmetic",), models=("SmolLM2-135M-Instruct",), modes=(),
-                                sensitivity=False)
+    tree = published_tree.build(
+        tmp_path, tasks=("arithmetic",), models=("SmolLM2-135M-Instruct",), modes=(), sensitivity=False
+    )
     for mode in published_tree.MODES:
         cell = make_cell("arithmetic", "SmolLM2-135M-Instruct", mode, "ok", size="2000")
         tree.cells["arithmetic", "SmolLM2-135M-Instruct", mode] = cell
@@ -422,17 +478,29 @@ def test_a_reduced_run_of_another_model_gives_every_table(tmp_path):
     assert "SmolLM2" in (tmp_path / "out" / "table11_top10_eapig_vs_cha.md").read_text()
 
 
+def test_missing_runs_are_called_what_they_would_be_called():
+    assert expected_run(RunMode.BRUTE_FORCE, "M2000-tau0.3") == (
+        "rule_split-spectral_sample-M2000-decode_only-agonist_neurons-spectral_anchor-tau0.3"
+    )
+    assert expected_run(RunMode.SPECTRAL_SPLIT, "") == ("spectral_split-decode_only-agonist_neurons-fast-random_anchor")
+
+
 def test_no_heavy_import():
-    program = ("import sys, lib.reporting.paper_tables_rules, lib.reporting.paper_tables_search, "
-               "lib.reporting.paper_tables_layers, lib.reporting.intervention_shift_files; "
-               "print([name for name in ('torch', 'transformers', 'xgboost') if name in sys.modules])")
+    program = (
+        "import sys, lib.reporting.paper_tables_rules, lib.reporting.paper_tables_search, "
+        "lib.reporting.paper_tables_layers, lib.reporting.intervention_shift_files; "
+        "print([name for name in ('torch', 'transformers', 'xgboost') if name in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
 
 
 def tables_in(out):
-    return {path.name: path.read_bytes() for path in out.iterdir()
-            if path.suffix in (".csv", ".md", ".tex", ".txt") or path.name.startswith("table")}
+    return {
+        path.name: path.read_bytes()
+        for path in out.iterdir()
+        if path.suffix in (".csv", ".md", ".tex", ".txt") or path.name.startswith("table")
+    }
 
 
 def test_tables_from_the_export_equal_those_of_the_original(made, tmp_path):
@@ -444,8 +512,11 @@ def test_tables_from_the_export_equal_those_of_the_original(made, tmp_path):
 
 def generate(data, out):
     return subprocess.run(
-        ["bash", "run_paper_tables_generation.sh", str(data), str(out), "--n-boot", "200"], cwd=REPOSITORY,
-        capture_output=True, text=True)
+        ["bash", "run_paper_tables_generation.sh", str(data), str(out), "--n-boot", "200"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.skipif(not (REPOSITORY / "10_compute_threshold_sweep_stats.py").is_file(), reason="stage 10 is not there")
