@@ -86,8 +86,13 @@ def line_plot(
         names = None if pd.api.types.is_numeric_dtype(data[x]) else list(dict.fromkeys(data[x]))
         for number, label in enumerate(labels):
             rows = data[data[series] == label]
-            rows = rows.sort_values(x) if names is None else rows
-            places = rows[x] if names is None else [names.index(name) for name in rows[x]]
+            if names is None:
+                rows = rows.sort_values(x)
+                places = rows[x]
+            else:
+                # A name without a value is a gap, not a line across it.
+                rows = rows.groupby(x)[y].mean().reindex(names).reset_index()
+                places = pd.Series(range(len(names)))
             axes.plot(
                 places,
                 rows[y],
