@@ -17,7 +17,7 @@ _NAME = re.compile(
     r"(?P<circuit>(?P<split>spectral_split|rule_split-(?P<discovery>random|spectral)_sample)"
     r"(?:-M(?P<size>\d+))?(?P<decode>-decode_only)?(?:-eval_(?P<eval>[a-z][a-z_-]*?))?)"
     r"-(?P<bag>agonist_neurons(?P<fast>-fast)?-(?P<anchor>random|spectral)_anchor(?:-tau(?P<tau>\d+(?:\.\d+)?))?"
-    r"(?:-(?!fake_targets)(?P<donor>[a-z][a-z_-]*?))?)(?P<fake>-fake_targets)?",
+    r"(?:-(?P<donor>zero|resample|mean(?:-donor)?(?:-positional)?))?)(?P<fake>-fake_targets)?",
     re.ASCII,
 )
 _SIZE_PART = re.compile(r"(?:^|-)M(\d+)(?=-|$)", re.IGNORECASE | re.ASCII)
