@@ -45,7 +45,7 @@ def as_text(check: Check) -> str:
     if check.is_fine:
         lines.append(f"fine: {usable}; next: bash run_paper_tables_generation.sh")
     else:
-        lines.append(f"{n_problems} problem(s); {usable}, tables leave out the rest")
+        lines.append(f"{n_problems} problem(s); {usable}; tables leave out what is broken")
     return "\n".join(lines)
 
 

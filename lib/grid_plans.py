@@ -2,7 +2,10 @@
 
 TASKS, MODELS and MODES (lists separated by spaces or commas) restrict the grid; EXTRA_FLAGS, and everything after
 `--`, goes to every pipeline run. A step that fails does not stop the others: the exit code is then 1 and the failed
-ones are listed at the end. Finished runs are skipped.
+ones are listed at the end. Finished runs are skipped, archived results are left as they are; `-- --force` runs both.
+
+More variables: BASE_SIZE, SIZES and RATES (sensitivity), CANDIDATE_INTERVENTION and MEAN_POINTS (resample),
+MIN_RULE_DATASET_COVERAGE, and OUT_ROOT, the folder of paper_tables/ and intervention_shift/.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from lib.run_names import DEFAULT_CIRCUIT_SIZE, RunPaths
 PYTHON = sys.executable
 CANDIDATE_INTERVENTION = "mean-donor"
 QUALITY_THRESHOLDS = ("0.50", "0.60", "0.70", "0.75", "0.80", "0.85")
-TABLES_ROOT = Path("paper_tables")
 
 
 def options(**values: object) -> list[str]:
@@ -38,6 +40,11 @@ def options(**values: object) -> list[str]:
         elif value is not True:
             words.append(str(value))
     return words
+
+
+def _out_root() -> Path:
+    """Folder of what summaries write beside the data: OUT_ROOT, by default the repository."""
+    return Path(os.environ.get("OUT_ROOT", "."))
 
 
 def _floor() -> str:
@@ -95,7 +102,7 @@ def sensitivity(extra: Sequence[str]) -> list[Step]:
         base = {} if cells[0].circuit_size == DEFAULT_CIRCUIT_SIZE else {"baseline_M": cells[0].circuit_size}
         flags = options(
             stats_root=main.stats_dir.parent,
-            out_dir=TABLES_ROOT / "sensitivity_summary" / main.task / model,
+            out_dir=_out_root() / "paper_tables" / "sensitivity_summary" / main.task / model,
             baseline_run_name=main.choices.run_name,
             **base,
             score_scope=os.environ.get("SENSITIVITY_SCORE_SCOPE", "test,all_fit"),
@@ -166,7 +173,7 @@ def resample(extra: Sequence[str]) -> list[Step]:
 
 def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[Step]:
     model = base.model_dir.relative_to(base.data_root / base.task).as_posix().replace("/", "__")
-    out = Path("intervention_shift") / base.task / model / f"{EVAL_INTERVENTION}_vs_{candidate.intervention}"
+    out = _out_root() / "intervention_shift" / base.task / model / f"{EVAL_INTERVENTION}_vs_{candidate.intervention}"
     steps = []
     for scope, folder, suffix in (("test", out, ""), ("all_fit", out / "all_fit", "_all_fit")):
         # Archived runs do not state the coverage of held-out rows: it is then NA, and said to be missing.

@@ -311,8 +311,9 @@ def _by_layer(axes: Any, layers: pd.DataFrame, labels: list[str]) -> None:
     names = list(dict.fromkeys(layers.sort_values("layer_sort", kind="stable")["layer_key"]))
     for label in labels:
         rows = layers[layers["intervention"] == label].set_index("layer_key").reindex(names)
-        axes.plot(names, rows["flip_any_high_union_pct"].astype(float), marker="o", label=f"{label}, high quality")
-        axes.plot(names, rows["flip_any_all_union_pct"].astype(float), marker=".", linestyle=":", label=f"{label}, all")
+        high, everyone = (rows[f"flip_any_{who}_union_pct"].astype(float) for who in ("high", "all"))
+        (line,) = axes.plot(names, high, marker="o", label=f"{label}, high quality")
+        axes.plot(names, everyone, marker=".", linestyle=":", color=line.get_color(), label=f"{label}, all")
     axes.set(xlabel="layer", ylabel="% of evaluated rows flipped")
     axes.tick_params(axis="x", labelsize=6, rotation=90)
     axes.legend()

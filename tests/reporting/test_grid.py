@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from lib import grid, grid_plans, grid_runner, pipeline
 from lib.cli import Report, UserError
 from lib.reporting.naming import RunMode
 from lib.run_names import REGIMES
-from tests.scripts import REPOSITORY
+from tests.scripts import REPOSITORY, load_script
 
 SHELLS = (
     "run_mecharule_experiments.sh",
@@ -183,6 +184,36 @@ def test_recheck_changes_the_intervention_only():
 
 def value(command, flag):
     return command[command.index(flag) + 1]
+
+
+def steps_of_every_plan(tmp_path):
+    steps = [step for plan in grid_plans.PLANS.values() for step in plan([])]
+    parser = argparse.ArgumentParser()
+    grid_plans.add_tables_arguments(parser)
+    return steps + grid_plans.tables(parser.parse_args([]), tmp_path)
+
+
+def test_every_script_understands_its_command(tmp_path, monkeypatch):
+    class Parsed(Exception):
+        """The command line was understood; the script need not run."""
+
+    def parse_and_stop(parser, argv=None):
+        _, unknown = parser.parse_known_args(argv)
+        raise Parsed if not unknown else AssertionError(f"unknown to the script: {unknown}")
+
+    steps = [step for step in steps_of_every_plan(tmp_path) if step.command[0] == grid_plans.PYTHON]
+    seen = {step.command[1]: step.command[2:] for step in steps}
+    assert len(seen) == 8
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for script, arguments in seen.items():
+        with pytest.raises(Parsed):
+            load_script(script).main(arguments)
+
+
+def test_summaries_go_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT_ROOT", str(tmp_path))
+    for plan, flag in ((grid_plans.sensitivity, "--out_dir"), (grid_plans.resample, "--output_csv")):
+        assert value(plan([])[-1].command, flag).startswith(f"{tmp_path}/")
 
 
 @pytest.mark.parametrize("shell", SHELLS)
