@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.artifacts import write_csv
+from lib.reporting import models, plots, sensitivity_plots
 from tests import published_tree
 
 EMPTY_CELL = ("arithmetic", published_tree.MODELS[1], "fake_targets")
@@ -16,8 +18,25 @@ EMPTY_CELL = ("arithmetic", published_tree.MODELS[1], "fake_targets")
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     """One task with its five modes on two models, one of whose controls found nothing, and sensitivity runs."""
-    return published_tree.build(tmp_path_factory.mktemp("tree"), tasks=("arithmetic",),
-                                models=published_tree.MODELS[:2], states={EMPTY_CELL: "empty"})
+    return published_tree.build(
+        tmp_path_factory.mktemp("tree"),
+        tasks=("arithmetic",),
+        models=published_tree.MODELS[:2],
+        states={EMPTY_CELL: "empty"},
+    )
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures as their data only: drawing takes most of a report's time, and one run per stage draws them all."""
+
+    def save_data(stem, figure, data):
+        write_csv(Path(f"{stem}.csv"), data)
+        Path(f"{stem}.pdf").write_bytes(b"%PDF")
+        return [Path(f"{stem}.pdf"), Path(f"{stem}.csv")]
+
+    for module in (plots, models, sensitivity_plots):
+        monkeypatch.setattr(module, "save_figure", save_data)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -24,17 +24,30 @@ from lib.run_names import RunChoices
 
 CHOICES = st.builds(
     RunChoices,
-    spectral_splits=st.booleans(), spectral_discovery=st.booleans(), spectral_anchoring=st.booleans(),
-    fast_anchoring=st.booleans(), decode_only=st.booleans(), incorrect_rules=st.booleans(),
-    circuit_size=st.integers(1, 10**7), min_flip_rate=st.sampled_from(["0.2", "0.3", "0.15", "1", "0.05"]),
+    spectral_splits=st.booleans(),
+    spectral_discovery=st.booleans(),
+    spectral_anchoring=st.booleans(),
+    fast_anchoring=st.booleans(),
+    decode_only=st.booleans(),
+    incorrect_rules=st.booleans(),
+    circuit_size=st.integers(1, 10**7),
+    min_flip_rate=st.sampled_from(["0.2", "0.3", "0.15", "1", "0.05"]),
     eval_intervention=st.sampled_from(["mean-positional", "zero", "mean-donor", "mean-donor-positional", "resample"]),
 )
 
 
 def choices(**changed):
-    base = {"spectral_splits": False, "spectral_discovery": True, "spectral_anchoring": True, "fast_anchoring": True,
-            "decode_only": True, "incorrect_rules": False, "circuit_size": 100_000, "min_flip_rate": "0.2",
-            "eval_intervention": "mean-positional"}
+    base = {
+        "spectral_splits": False,
+        "spectral_discovery": True,
+        "spectral_anchoring": True,
+        "fast_anchoring": True,
+        "decode_only": True,
+        "incorrect_rules": False,
+        "circuit_size": 100_000,
+        "min_flip_rate": "0.2",
+        "eval_intervention": "mean-positional",
+    }
     return RunChoices(**base | changed)
 
 
@@ -47,16 +60,24 @@ def test_names_round_trip(asked):
     assert parsed.is_fake == asked.incorrect_rules
 
 
-@pytest.mark.parametrize(("changed", "name"), [
-    ({"circuit_size": 25000},
-     "rule_split-spectral_sample-M25000-decode_only-agonist_neurons-fast-spectral_anchor"),
-    ({"spectral_splits": True, "spectral_discovery": False, "spectral_anchoring": False, "min_flip_rate": "0.3"},
-     "spectral_split-decode_only-agonist_neurons-fast-random_anchor-tau0.3"),
-    ({"fast_anchoring": False, "decode_only": False, "incorrect_rules": True},
-     "rule_split-spectral_sample-agonist_neurons-spectral_anchor-fake_targets"),
-    ({"eval_intervention": "mean-donor"},
-     "rule_split-spectral_sample-decode_only-eval_mean-donor-agonist_neurons-fast-spectral_anchor"),
-])
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"circuit_size": 25000}, "rule_split-spectral_sample-M25000-decode_only-agonist_neurons-fast-spectral_anchor"),
+        (
+            {"spectral_splits": True, "spectral_discovery": False, "spectral_anchoring": False, "min_flip_rate": "0.3"},
+            "spectral_split-decode_only-agonist_neurons-fast-random_anchor-tau0.3",
+        ),
+        (
+            {"fast_anchoring": False, "decode_only": False, "incorrect_rules": True},
+            "rule_split-spectral_sample-agonist_neurons-spectral_anchor-fake_targets",
+        ),
+        (
+            {"eval_intervention": "mean-donor"},
+            "rule_split-spectral_sample-decode_only-eval_mean-donor-agonist_neurons-fast-spectral_anchor",
+        ),
+    ],
+)
 def test_names_of_the_specification(changed, name):
     assert choices(**changed).run_name == name
     parsed = RunName.parse(name)
@@ -101,8 +122,19 @@ def test_control_and_run_live_in_different_folders():
     assert fake.bag_label == RunName.parse(MAIN_RUN).bag_label
 
 
-@pytest.mark.parametrize("text", ["", "joint", "rule_split", f"{MAIN_RUN}-tau", f"x-{MAIN_RUN}", f"{MAIN_RUN}/..",
-                                  f"{MAIN_RUN}-fake_targets-fake_targets", "Qwen2-M1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "joint",
+        "rule_split",
+        f"{MAIN_RUN}-tau",
+        f"x-{MAIN_RUN}",
+        f"{MAIN_RUN}/..",
+        f"{MAIN_RUN}-fake_targets-fake_targets",
+        "Qwen2-M1",
+    ],
+)
 def test_other_folders_are_no_runs(text):
     assert RunName.parse(text) is None
     assert label_of(text) == text
@@ -110,7 +142,7 @@ def test_other_folders_are_no_runs(text):
 
 def test_sensitivity_parts_anywhere_in_the_name():
     assert sensitivity_parts(f"M25000-{MAIN_RUN}") == (sensitivity_parts(f"{MAIN_RUN}-M25000"))
-    parts = sensitivity_parts("rule_split-spectral_sample-M80000-decode_only-agonist_neurons-fast-spectral_anchor-tau0.3")
+    parts = sensitivity_parts(MAIN_RUN.replace("_sample-", "_sample-M80000-") + "-tau0.3")
     assert (parts.base, parts.circuit_size, parts.min_flip_rate) == (MAIN_RUN, 80000, 0.3)
     assert sensitivity_parts(MAIN_RUN) == sensitivity_parts(MAIN_RUN).__class__(MAIN_RUN, None, None)
 
@@ -129,17 +161,34 @@ def test_canonical_order_names_each_once():
 
 def test_tables_order_and_shorten_models():
     assert model_label("Qwen/Qwen2-7B-Instruct") == "Qwen2-7B" and model_label("EleutherAI/gpt-j-6B") == "GPT-J"
-    rows = [("hans_nli", "x/Y"), ("arithmetic", "Qwen/Qwen2-1.5B-Instruct"), ("arithmetic", "EleutherAI/gpt-j-6B"),
-            ("arithmetic", "Qwen/Qwen2-7B-Instruct"), ("own_task", "x/Y"), ("bon_jailbreaking", "x/Y")]
+    rows = [
+        ("hans_nli", "x/Y"),
+        ("arithmetic", "Qwen/Qwen2-1.5B-Instruct"),
+        ("arithmetic", "EleutherAI/gpt-j-6B"),
+        ("arithmetic", "Qwen/Qwen2-7B-Instruct"),
+        ("own_task", "x/Y"),
+        ("bon_jailbreaking", "x/Y"),
+    ]
     ordered = sorted(rows, key=lambda row: row_order(*row))
     assert [rows.index(row) for row in ordered] == [3, 2, 1, 5, 0, 4]
 
 
-@pytest.mark.parametrize(("text", "scope"), [
-    ("test", Scope.TEST), ("Eval", Scope.TEST), ("held-out", Scope.TEST), ("legacy", Scope.TEST),
-    ("legacy_test", Scope.TEST), ("HQ-T", Scope.TEST_SELECTED), ("held out selected", Scope.TEST_SELECTED),
-    ("HQF", Scope.ALL_FIT), ("train+test", Scope.ALL_FIT), ("all", Scope.ALL_FIT), ("final_all_fit", Scope.ALL_FIT),
-])
+@pytest.mark.parametrize(
+    ("text", "scope"),
+    [
+        ("test", Scope.TEST),
+        ("Eval", Scope.TEST),
+        ("held-out", Scope.TEST),
+        ("legacy", Scope.TEST),
+        ("legacy_test", Scope.TEST),
+        ("HQ-T", Scope.TEST_SELECTED),
+        ("held out selected", Scope.TEST_SELECTED),
+        ("HQF", Scope.ALL_FIT),
+        ("train+test", Scope.ALL_FIT),
+        ("all", Scope.ALL_FIT),
+        ("final_all_fit", Scope.ALL_FIT),
+    ],
+)
 def test_scope_aliases(text, scope):
     assert Scope.parse(text) is scope
     assert Scope.parse(scope.label) is scope and Scope.parse(scope.published_label) is scope

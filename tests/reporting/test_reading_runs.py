@@ -40,15 +40,26 @@ def run_with(tmp_path, tables, *, manifest=None, extra=()):
     run.path.mkdir(parents=True)
     for name, rows in tables.items():
         pd.DataFrame(rows).to_csv(run.path / name, index=False)
-    for name, content in {**dict(extra), **({"rule_combo_metrics_manifest.json": manifest} if manifest else {})}.items():
+    manifests = {"rule_combo_metrics_manifest.json": manifest} if manifest else {}
+    for name, content in {**dict(extra), **manifests}.items():
         (run.path / name).write_text(json.dumps(content))
     return run
 
 
 def row(mcc, coverage=0.1, neuron="m0_1", scope="test", **more):
     layer, _, index = neuron.rpartition("_")
-    return {"layer_key": layer, "neuron_id": int(index), "neuron_key": neuron, "flip_target": f"flip_{neuron}",
-            "score_scope": scope, "MCC": mcc, "F1": 0.5, "BalancedAcc": 0.5, "dataset_coverage": coverage, **more}
+    return {
+        "layer_key": layer,
+        "neuron_id": int(index),
+        "neuron_key": neuron,
+        "flip_target": f"flip_{neuron}",
+        "score_scope": scope,
+        "MCC": mcc,
+        "F1": 0.5,
+        "BalancedAcc": 0.5,
+        "dataset_coverage": coverage,
+        **more,
+    }
 
 
 GOOD = {"signature": "rule_combo_metrics_from_raw_v1", "n_raw_rule_combo_files": 3, "score_scopes_written": ["test"]}
@@ -80,7 +91,7 @@ def test_ties_go_to_f1_and_unknown_values_last():
 
 
 def test_the_raw_files_name_decides_the_scope(tmp_path):
-    names = ["rule_combo_test_selected_flip_m0_1.csv", "rule_combo_train_test_flip_m0_1.csv", "rule_combo_flip_m0_1.csv"]
+    names = [f"rule_combo_{scope}flip_m0_1.csv" for scope in ("test_selected_", "train_test_", "")]
     rows = [row(mcc, source_filename=name) for mcc, name in zip((0.9, 0.8, 0.3), names, strict=True)]
     run = run_with(tmp_path, {"rule_combo_metrics_all_scopes.csv": rows}, manifest=GOOD)
     assert load_rule_rows(run, Scope.TEST).value["MCC"].tolist() == [0.3]
@@ -94,16 +105,19 @@ def test_files_without_a_scope_in_their_name_are_test(tmp_path):
     assert load_rule_rows(run, Scope.ALL_FIT).status is Status.MISSING
 
 
-@pytest.mark.parametrize(("tables", "manifest", "extra", "status"), [
-    ({}, {**GOOD, "n_raw_rule_combo_files": 0}, {}, Status.EMPTY),
-    ({}, GOOD, {"flip_stats_global.json": {"n_neurons": 0}}, Status.EMPTY),
-    ({}, GOOD, {"rule_metrics_summary_all_fit.json": {"n_neurons_with_rules": 0}}, Status.EMPTY),
-    ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, 0.001, scope="all_fit")]}, GOOD, {}, Status.EMPTY),
-    ({}, GOOD, {}, Status.MISSING),
-    ({"rule_combo_metrics_all_scopes.csv": [row(0.9)]}, GOOD, {}, Status.MISSING),
-    ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, scope="all_fit")]}, None, {}, Status.MISSING),
-    ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, scope="all_fit")]}, {"signature": "v0"}, {}, Status.STALE),
-])
+@pytest.mark.parametrize(
+    ("tables", "manifest", "extra", "status"),
+    [
+        ({}, {**GOOD, "n_raw_rule_combo_files": 0}, {}, Status.EMPTY),
+        ({}, GOOD, {"flip_stats_global.json": {"n_neurons": 0}}, Status.EMPTY),
+        ({}, GOOD, {"rule_metrics_summary_all_fit.json": {"n_neurons_with_rules": 0}}, Status.EMPTY),
+        ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, 0.001, scope="all_fit")]}, GOOD, {}, Status.EMPTY),
+        ({}, GOOD, {}, Status.MISSING),
+        ({"rule_combo_metrics_all_scopes.csv": [row(0.9)]}, GOOD, {}, Status.MISSING),
+        ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, scope="all_fit")]}, None, {}, Status.MISSING),
+        ({"rule_combo_metrics_all_fit_all.csv": [row(0.9, scope="all_fit")]}, {"signature": "v0"}, {}, Status.STALE),
+    ],
+)
 def test_zero_and_missing_are_told_apart(tmp_path, tables, manifest, extra, status):
     reading = load_best_rows(run_with(tmp_path, tables, manifest=manifest, extra=extra.items()), Scope.ALL_FIT)
     assert reading.status is status
@@ -123,8 +137,11 @@ def test_the_tree_is_read_as_it_was_written(tree, scope):
     for (task, llm, _), cell in tree.cells.items():
         reading = load_best_rows(roots[f"{task}/{llm}"].run(cell.run_name), scope)
         expected = {key: float(best["MCC"]) for key, best in raw_best(tree.stats(cell), scope.slug).items()}
-        found = {} if reading.status is Status.EMPTY else dict(
-            zip(reading.value["neuron_key"], reading.value["MCC"], strict=True))
+        found = (
+            {}
+            if reading.status is Status.EMPTY
+            else dict(zip(reading.value["neuron_key"], reading.value["MCC"], strict=True))
+        )
         assert found == expected
         assert reading.status is (Status.OK if expected else Status.EMPTY)
 
@@ -137,8 +154,11 @@ def test_bare_nan_tokens_are_no_numbers(tmp_path):
 
 
 def test_a_scope_has_its_own_threshold():
-    coverage = {"quality_threshold": 0.6, "primary_score_scope": "test_selected",
-                "quality_thresholds_by_scope": {"all_fit": 0.8}}
+    coverage = {
+        "quality_threshold": 0.6,
+        "primary_score_scope": "test_selected",
+        "quality_thresholds_by_scope": {"all_fit": 0.8},
+    }
     assert hq_threshold(coverage, Scope.ALL_FIT) == 0.8
     assert hq_threshold(coverage, Scope.TEST) == 0.7
     assert hq_threshold({"quality_threshold": 0.6}, Scope.TEST) == 0.6
@@ -147,8 +167,16 @@ def test_a_scope_has_its_own_threshold():
 # ---------------------------------------------------------------- discovery
 
 
-@pytest.mark.parametrize("below", ["", "arithmetic", "arithmetic/Qwen", "arithmetic/Qwen/Qwen2-7B-Instruct",
-                                   "arithmetic/Qwen/Qwen2-7B-Instruct/rule_extraction_results/neuron_flip_rules/stats"])
+@pytest.mark.parametrize(
+    "below",
+    [
+        "",
+        "arithmetic",
+        "arithmetic/Qwen",
+        "arithmetic/Qwen/Qwen2-7B-Instruct",
+        "arithmetic/Qwen/Qwen2-7B-Instruct/rule_extraction_results/neuron_flip_rules/stats",
+    ],
+)
 def test_task_and_model_from_any_folder_of_the_tree(tree, below):
     units = [root.unit for root in find_model_roots(tree.data / below)]
     assert "arithmetic/Qwen/Qwen2-7B-Instruct" in units
@@ -231,9 +259,14 @@ def test_agonists_effects_and_costs_are_as_written(tree):
 def test_a_controls_costs_are_not_the_runs(tmp_path):
     # 25 group tests of the run, 125 of its control, in folders of the same names below different ones.
     for kind, n_groups in (("", 25), ("_fake_targets", 125)):
-        folder = (tmp_path / f"neural_circuit_discovery_results{kind}" / "eap_ig_inputs"
-                  / "rule_split-spectral_sample-decode_only" / "agonist_neurons-fast-spectral_anchor"
-                  / "positive_baseline")
+        folder = (
+            tmp_path
+            / f"neural_circuit_discovery_results{kind}"
+            / "eap_ig_inputs"
+            / "rule_split-spectral_sample-decode_only"
+            / "agonist_neurons-fast-spectral_anchor"
+            / "positive_baseline"
+        )
         folder.mkdir(parents=True)
         entry = {"circuit_id": 0, "status": "ok", "n_ablation_groups": n_groups}
         (folder / "rule_knockout.json").write_text(json.dumps([entry]))
@@ -265,26 +298,36 @@ def test_budgets_take_numerator_and_denominator_from_the_same_circuits():
 
 def test_candidates_are_counted_from_the_groups():
     # A group of m0 states eight members but names three; m1's members are spread over groups of two layers.
-    detail = {"ablations": [{"layers_neurons_dict": {"m0": [1, 2, 3]}, "group_size": 8},
-                            {"layers_neurons_dict": {"m1": [1], "a2.h0": [4]}, "group_size": 2},
-                            {"layers_units_dict": {"m1": [2]}, "group_size": 1}]}
+    detail = {
+        "ablations": [
+            {"layers_neurons_dict": {"m0": [1, 2, 3]}, "group_size": 8},
+            {"layers_neurons_dict": {"m1": [1], "a2.h0": [4]}, "group_size": 2},
+            {"layers_units_dict": {"m1": [2]}, "group_size": 1},
+        ]
+    }
     assert candidates_by_layer(detail) == {"m0": 8, "m1": 2, "a2.h0": 1}
     assert candidates_by_layer({"candidate_counts_by_layer": {"m0": 7}, "ablations": []}) == {"m0": 7}
     assert candidates_by_layer({}) == {}
 
 
 def test_confirmed_agonists_go_before_single_tests():
-    detail = {"ablations": [{"layers_neurons_dict": {"m0": [1]}, "group_size": 1, "max_effect": 0.9},
-                            {"layers_neurons_dict": {"m0": [1, 2]}, "group_size": 2, "max_effect": 1.0},
-                            {"layers_neurons_dict": {"m0": [2]}, "group_size": 1, "max_effect": 0.1}]}
+    detail = {
+        "ablations": [
+            {"layers_neurons_dict": {"m0": [1]}, "group_size": 1, "max_effect": 0.9},
+            {"layers_neurons_dict": {"m0": [1, 2]}, "group_size": 2, "max_effect": 1.0},
+            {"layers_neurons_dict": {"m0": [2]}, "group_size": 1, "max_effect": 0.1},
+        ]
+    }
     assert detail_effects(detail) == {"m0:1": 0.9, "m0:2": 0.1}
     assert detail_effects({**detail, "agonists": [{"neuron": "m0:1", "max_effect": 0.3}]}) == {"m0:1": 0.3}
 
 
 def test_nothing_of_the_reports_imports_torch():
     modules = sorted(path.stem for path in (REPOSITORY / "lib" / "reporting").glob("*.py") if path.stem != "__init__")
-    code = (f"import sys, importlib\nfor name in {modules!r}: importlib.import_module('lib.reporting.' + name)\n"
-            "assert not {'torch', 'transformers', 'xgboost'} & set(sys.modules)")
+    code = (
+        f"import sys, importlib\nfor name in {modules!r}: importlib.import_module('lib.reporting.' + name)\n"
+        "assert not {'torch', 'transformers', 'xgboost'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 

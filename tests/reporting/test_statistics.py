@@ -74,11 +74,16 @@ def test_sign_flip_equals_counting_every_pattern(d, alternative):
     if not nonzero:
         assert math.isnan(p) and mode == ""
         return
-    sums = [sum(sign * value for sign, value in zip(signs, nonzero, strict=True))
-            for signs in product((-1, 1), repeat=len(nonzero))]
+    sums = [
+        sum(sign * value for sign, value in zip(signs, nonzero, strict=True))
+        for signs in product((-1, 1), repeat=len(nonzero))
+    ]
     observed = sum(nonzero)
-    hits = {Alternative.GREATER: sum(s >= observed for s in sums), Alternative.LESS: sum(s <= observed for s in sums),
-            Alternative.TWO_SIDED: sum(abs(s) >= abs(observed) for s in sums)}[alternative]
+    hits = {
+        Alternative.GREATER: sum(s >= observed for s in sums),
+        Alternative.LESS: sum(s <= observed for s in sums),
+        Alternative.TWO_SIDED: sum(abs(s) >= abs(observed) for s in sums),
+    }[alternative]
     assert p == pytest.approx(hits / len(sums))
 
 
