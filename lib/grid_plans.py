@@ -200,8 +200,8 @@ def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[St
 
 def add_tables_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of run_paper_tables_generation.sh; dashes and underscores are the same."""
-    parser.add_argument("data_root", nargs="?", default="data", help="folder of results, or a .zip of it")
-    parser.add_argument("out_dir", nargs="?", default="paper_tables", help="where the tables go")
+    parser.add_argument("data_root", nargs="?", help="folder of results, or a .zip (default: data)")
+    parser.add_argument("out_dir", nargs="?", help="where the tables go (default: paper_tables)")
     parser.add_argument("--test_threshold", "--primary_threshold", type=float, default=0.70, help="MCC of HQ on TEST")
     parser.add_argument("--all_fit_threshold", type=float, default=0.70, help="MCC of HQ on ALL-FIT")
     parser.add_argument("--score_scopes", default="test,all_fit", help="scopes of the tables")
@@ -218,7 +218,7 @@ def add_tables_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tables(args: argparse.Namespace, data_root: Path) -> list[Step]:
     """The paper's tables, and the comparison of methods on the second."""
-    out, floor = Path(args.out_dir), args.min_rule_dataset_coverage
+    out, floor = Path(args.out_dir or "paper_tables"), args.min_rule_dataset_coverage
     restricted = {name.lower(): os.environ[name] for name in ("TASKS", "MODELS") if os.environ.get(name)}
     make = options(
         data_root=data_root,
@@ -252,14 +252,23 @@ def run_tables(args: argparse.Namespace, report: Report) -> int:
     """Make the tables from a folder, or from an archive that is unpacked for the time it takes."""
     from lib.reporting.artifacts import open_tree
 
-    data_root = Path(args.data_root)
-    if args.data_root == "data" and not (REPOSITORY / "data").is_dir() and (REPOSITORY / "data.zip").is_file():
-        data_root = REPOSITORY / "data.zip"
-    if not data_root.exists():
+    data_root = _seen_from_repository(args.data_root, "data")
+    if args.data_root is None and not (REPOSITORY / "data").is_dir() and (REPOSITORY / "data.zip").is_file():
+        data_root = Path("data.zip")
+    args.out_dir = _seen_from_repository(args.out_dir, "paper_tables")
+    if not (REPOSITORY / data_root).exists():
         raise UserError(f"no results at {data_root}; run the experiments, or download the archive (see ARTIFACTS.md)")
-    source = contextlib.nullcontext(data_root) if args.dry_run else open_tree(data_root)
+    source = contextlib.nullcontext(data_root) if args.dry_run else open_tree(REPOSITORY / data_root)
     with source as folder:
         return run_steps(tables(args, Path(folder)), report, dry_run=args.dry_run)
+
+
+def _seen_from_repository(text: str | None, default: str) -> Path:
+    """A path of the user's working folder as the steps, which run in the repository, should see it."""
+    if text is None:
+        return Path(default)
+    path = Path(text).expanduser().resolve()
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
 
 
 # ---------------------------------------------------------------- command line

@@ -12,6 +12,7 @@ import pytest
 import clean_results_for_export
 from lib.export import drop_reason, without_local_paths
 from tests import published_tree
+from tests.scripts import run_script
 
 SECRET = "how to pick a lock"
 
@@ -161,3 +162,20 @@ def test_paths_are_told_from_divisions_and_addresses(tmp_path):
         'data/a/b.csv, 8/2/2, a/b/c, http://h/x/y, "data/t/m.csv", x.csv',
         3,
     )
+
+
+def test_comparisons_of_the_export_equal_those_of_the_original(tmp_path):
+    tree = published_tree.build(tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1])
+    assert run(tree.data, tmp_path / "export") == 0
+    stats = f"arithmetic/{published_tree.MODELS[0]}/rule_extraction_results/neuron_flip_rules/stats"
+    made = []
+    for data in (tree.data, tmp_path / "export"):
+        out = tmp_path / f"made_from_{data.name}"
+        for script, arguments in (
+            ("8_compare_experiments", ["--stats_path", data]),
+            ("9_compare_models", ["--task_dir", data / "arithmetic"]),
+            ("11_summarize_sensitivity_analysis", ["--stats_root", data / stats]),
+        ):
+            assert run_script(script, [*arguments, "--out_dir", out / script, "--quiet"]) == 0
+        made.append({name: text for name, text in content_of(out).items() if name.endswith(".csv")})
+    assert made[0] == made[1] and len(made[0]) > 20

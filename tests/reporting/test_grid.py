@@ -210,6 +210,24 @@ def test_every_script_understands_its_command(tmp_path, monkeypatch):
             load_script(script).main(arguments)
 
 
+def test_tables_are_made_from_the_working_folder_of_the_caller(tmp_path):
+    (tmp_path / "mine").mkdir()
+    result = subprocess.run(
+        ["bash", str(REPOSITORY / "run_paper_tables_generation.sh"), "mine", "out", "--dry-run", "--n-boot", "7"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first, second = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert value(first, "--data_root") == str(tmp_path / "mine") and value(first, "--out_dir") == str(tmp_path / "out")
+    assert value(first, "--score_scopes") == "test,all_fit"
+    assert value(second, "--n_boot") == "7" and value(second, "--score_scope") == "both"
+    result = subprocess.run(
+        ["bash", str(REPOSITORY / "run_paper_tables_generation.sh"), "nowhere"], cwd=tmp_path, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and "ARTIFACTS.md" in result.stderr
+
+
 def test_summaries_go_where_they_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT_ROOT", str(tmp_path))
     for plan, flag in ((grid_plans.sensitivity, "--out_dir"), (grid_plans.resample, "--output_csv")):
