@@ -164,7 +164,9 @@ def test_paths_are_told_from_divisions_and_addresses(tmp_path):
     )
 
 
-def test_comparisons_of_the_export_equal_those_of_the_original(tmp_path):
+def test_comparisons_of_the_export_equal_those_of_the_original(tmp_path, monkeypatch):
+    # The data behind the figures are compared, so the figures need not be drawn.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     tree = published_tree.build(tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:1])
     assert run(tree.data, tmp_path / "export") == 0
     stats = f"arithmetic/{published_tree.MODELS[0]}/rule_extraction_results/neuron_flip_rules/stats"
