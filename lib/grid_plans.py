@@ -293,9 +293,12 @@ def main(argv: list[str] | None = None) -> int:
         if name == "tables":
             add_tables_arguments(plan)
     known = [_underscores(word) for word in argv[:split]]
-    args = parser.parse_args(known)
+    args, unknown = parser.parse_known_args(known)
     report = Report()
     try:
+        if unknown:
+            hint = "see --help" if args.plan == "tables" else "options for the pipeline come after --"
+            raise UserError(f"unknown option: {' '.join(unknown)}; {hint}")
         if args.plan == "tables":
             return run_tables(args, report)
         return run_steps(PLANS[args.plan](extra_flags(argv[split + 1 :])), report, dry_run=args.dry_run)

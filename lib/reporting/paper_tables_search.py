@@ -77,6 +77,12 @@ def recall_of(context: PaperContext, brute: RunFolder, main: RunFolder, regime: 
             & {cost.circuit_id for cost in costs[main.run_name].value}
         )
     )
+    if not shared and costs[brute.run_name].value and costs[main.run_name].value:
+        message = f"{regime}: no circuit was searched by both {brute.run_name} and the main run"
+        context.session.issues.add(
+            Issue(main.root.task, main.root.llm, main.run_name, "rule_knockout.json", "missing", message)
+        )
+        return None
     theirs = _within(found[brute.run_name], shared)
     ours = _within(found[main.run_name], shared)
     effects = {neuron: effect for neuron, effect in theirs.items() if effect >= floor}

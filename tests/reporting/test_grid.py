@@ -279,6 +279,11 @@ def test_wrong_choices_are_one_line_and_exit_2():
     assert result.stderr.startswith("error: MODES names 'fast'") and result.stderr.count("\n") == 1
 
 
+def test_options_of_the_pipeline_without_dashes_are_explained():
+    result = dry_run("experiments", "--circuit_size", "500")
+    assert result.returncode == 2 and "options for the pipeline come after --" in result.stderr
+
+
 def test_sensitivity_summary_starts_from_the_main_run():
     result = dry_run("sensitivity", TASKS="arithmetic", MODELS="org/model", SIZES="500", RATES="0.3")
     commands = [shlex.split(line) for line in result.stdout.splitlines()]

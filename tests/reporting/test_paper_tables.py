@@ -266,6 +266,20 @@ def test_table_3(made):
     assert metadata["n_completed_baseline_records"] == len(short) - 1 == 10
 
 
+def test_table_3_does_not_compare_different_circuits(tmp_path):
+    """Brute force of another circuit than those searched is no comparison, and is said to be none."""
+    tree = published_tree.build(tmp_path, tasks=("bon_jailbreaking",), models=MODELS[1:2], states={}, sensitivity=False)
+    cell = tree.cells["bon_jailbreaking", MODELS[1], "brute_force"]
+    folder = tree.data / cell.circuit_dir / cell.bag_label / "positive_baseline"
+    entries = json.loads((folder / "rule_knockout.json").read_text())
+    entries[0]["circuit_id"] = 7
+    (folder / "rule_knockout.json").write_text(json.dumps(entries))
+    make(tree.data, tmp_path / "out", "--which", "table3")
+    rows = rows_of(tmp_path / "out" / "table3_e2_recall_budget.csv")
+    assert [row["b"] for row in rows] == ["neg.", "all"]
+    assert "no circuit was searched by both" in (tmp_path / "out" / "report_issues.csv").read_text()
+
+
 def test_table_3_by_hand():
     brute, search = {"x": 0.25, "y": 0.4, "z": 0.9}, {"y", "z"}
     bins = parse_bins("0.2,0.3,0.5,1.0")
