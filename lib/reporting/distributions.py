@@ -154,11 +154,18 @@ def panel_stars(samples: Samples, mode: BestMode) -> dict[str, str]:
     return {best: "best"} | dict(zip(others, map(stars, holm(p).tolist()), strict=True))
 
 
-def write_ecdf(session: Session, stem: Path, rules: pd.DataFrame, labels: Sequence[str], mode: BestMode) -> None:
+def write_ecdf(
+    session: Session,
+    stem: Path,
+    rules: pd.DataFrame,
+    labels: Sequence[str],
+    mode: BestMode,
+    stamp: Mapping[str, Any],
+) -> None:
     """The 2x2 grid of ECDFs with stars."""
     panels = {metric: samples_of(rules, labels, metric) for metric in METRICS}
     notes = {metric: panel_stars(samples, mode) for metric, samples in panels.items()}
-    session.written += ecdf_grid(session.out_dir / stem, panels, notes)
+    session.written += ecdf_grid(session.out_dir / stem, panels, notes, stamp)
 
 
 def write_leaf(
@@ -168,7 +175,7 @@ def write_leaf(
     stem = "compare_rule_metrics_distributions"
     session.csv(folder / f"{stem}_summary.csv", summary_table(rules, labels).assign(**stamp))
     session.csv(folder / f"{stem}_tests.csv", pair_tests(rules, labels).assign(**stamp))
-    write_ecdf(session, folder / f"{stem}_ecdf", rules, labels, mode)
+    write_ecdf(session, folder / f"{stem}_ecdf", rules, labels, mode, stamp)
 
 
 # ---------------------------------------------------------------- over the models of a task
@@ -230,6 +237,6 @@ def write_by_task(
             base / task / f"{stem}_summary_by_task.csv",
             summary_table(pooled, labels).assign(task=task, n_llm=len(members), **stamp),
         )
-        write_ecdf(session, base / task / f"{stem}_ecdf_by_task", pooled, labels, mode)
+        write_ecdf(session, base / task / f"{stem}_ecdf_by_task", pooled, labels, mode, stamp)
         tests.append(combined_tests(task, members))
     session.csv(base / f"{stem}_tests_combined_by_task.csv", pd.concat(tests, ignore_index=True).assign(**stamp))

@@ -125,13 +125,20 @@ def read_flips(frame: pd.DataFrame, keys: Sequence[str], direction: str) -> Flip
     anywhere = np.zeros(len(frame), dtype=bool)
     places = {f"{prefix}{key}": number for number, key in enumerate(keys)}
     for name in (str(name) for name in frame.columns if str(name).startswith(prefix)):
-        words = frame[name].astype("string").str.strip().str.lower().replace({"true": "1", "false": "0"})
-        values = pd.to_numeric(words, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+        values = _truth(frame[name])
         anywhere |= np.isfinite(values)
         if name in places:
             known[:, places[name]] = np.isfinite(values)
             flipped[:, places[name]] = np.isfinite(values) & (values != 0)
     return Flips(known, flipped, anywhere)
+
+
+def _truth(column: pd.Series) -> np.ndarray:
+    """A yes/no column as numbers [row]: non-zero is yes, NaN unknown."""
+    if pd.api.types.is_bool_dtype(column.dtype) or pd.api.types.is_numeric_dtype(column.dtype):
+        return column.to_numpy(dtype=float, na_value=np.nan)
+    words = column.astype("string").str.strip().str.lower().replace({"true": "1", "false": "0"})
+    return pd.to_numeric(words, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
 
 
 def sweep(best: pd.DataFrame, metric_column: str, thresholds: np.ndarray, scores: pd.DataFrame | None) -> pd.DataFrame:
@@ -182,6 +189,11 @@ class Comparison:
     def metric_column(self) -> str:
         """Column that is swept."""
         return METRIC_COLUMNS[self.args.rule_quality_metric]
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What every table says of its rules."""
+        return {"score_scope": self.scope.slug, "min_rule_dataset_coverage": self.args.min_rule_dataset_coverage}
 
     def load(self, root: ModelRoot) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         """(sweep rows, best rule rows, labels of the runs that could be read) of a model."""
@@ -245,8 +257,7 @@ class Comparison:
                 y_label=y_label,
                 title=f"{root.unit}: {self.scope.label}",
             )
-        stamp = {"score_scope": self.scope.slug, "min_rule_dataset_coverage": self.args.min_rule_dataset_coverage}
-        write_leaf(session, folder, rules, labels, BestMode.parse(self.args.best_mode), stamp)
+        write_leaf(session, folder, rules, labels, BestMode.parse(self.args.best_mode), self.stamp)
 
     def write_tasks(self, loaded: dict[str, tuple[ModelRoot, pd.DataFrame, pd.DataFrame, list[str]]]) -> None:
         """The files over the models of each task; only models with every run of their task take part."""
@@ -269,13 +280,12 @@ class Comparison:
         for task, table in everything.groupby("task", sort=True):
             self.session.csv(base / str(task) / "threshold_sweep_all_llms.csv", table)
             self._plot_task(base / str(task), str(task), table)
-        stamp = {"score_scope": self.scope.slug, "min_rule_dataset_coverage": self.args.min_rule_dataset_coverage}
         write_by_task(
             self.session,
             base,
             [(root, rules, labels) for root, _, rules, labels in units],
             BestMode.parse(self.args.best_mode),
-            stamp,
+            self.stamp,
         )
 
     def _coverage(self, loaded: dict[str, tuple[ModelRoot, pd.DataFrame, pd.DataFrame, list[str]]]) -> pd.DataFrame:
@@ -299,7 +309,7 @@ class Comparison:
 
     def _plot_task(self, folder: Path, task: str, table: pd.DataFrame) -> None:
         for column, (stem, y_label) in _TASK_PLOTS.items():
-            curve = mean_and_band(table, column)
+            curve = mean_and_band(table, column).assign(**self.stamp)
             self.session.written += line_plot(
                 self.session.out_dir / folder / stem,
                 curve,

@@ -247,6 +247,7 @@ def write_figures(
 ) -> None:
     """All plots; those without a value are left out."""
     folder = session.out_dir / "plots"
+    stamp = {name: table[name].iloc[0] for name in ("score_scope", "min_rule_dataset_coverage")}
     counts = table.set_index("condition_key")["n_models"]
     labelled = summary.assign(
         run=[
@@ -255,7 +256,9 @@ def write_figures(
         ]
     )
     for column in _CROSS_PLOTS:
-        data = labelled.assign(value=pd.to_numeric(labelled[column], errors="coerce"))[["run", "model", "value"]]
+        data = labelled.assign(value=pd.to_numeric(labelled[column], errors="coerce"))[
+            ["run", "model", "value", "score_scope", "min_rule_dataset_coverage"]
+        ]
         if data["value"].notna().any():
             session.written += line_plot(
                 folder / f"cross_model_{column}",
@@ -268,7 +271,9 @@ def write_figures(
             )
     for column in _BAR_PLOTS:
         name = next(name for name, value in _AGGREGATES.items() if value == column)
-        data = table[["condition", f"mean_{name}", f"std_{name}"]].dropna(subset=[f"mean_{name}"])
+        data = table[["condition", f"mean_{name}", f"std_{name}", "score_scope", "min_rule_dataset_coverage"]].dropna(
+            subset=[f"mean_{name}"]
+        )
         if len(data):
             session.written += bar_plot(
                 folder / f"agg_{column}",
@@ -280,7 +285,7 @@ def write_figures(
             )
     for key, by_kind in ecdfs.items():
         for kind, series in by_kind.items():
-            _write_ecdf(session, folder / f"ecdf_{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', key)}", series, kind)
+            _write_ecdf(session, folder / f"ecdf_{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', key)}", series, kind, stamp)
 
 
 _KIND_LABELS = {
@@ -290,7 +295,7 @@ _KIND_LABELS = {
 }
 
 
-def _write_ecdf(session: Session, stem: Path, series: dict[str, np.ndarray], kind: str) -> None:
+def _write_ecdf(session: Session, stem: Path, series: dict[str, np.ndarray], kind: str, stamp: dict[str, Any]) -> None:
     filled = {model: values for model, values in series.items() if len(values)}
     if not filled:
         return
@@ -300,7 +305,7 @@ def _write_ecdf(session: Session, stem: Path, series: dict[str, np.ndarray], kin
         data = draw_ecdf(axes, filled, _KIND_LABELS[kind], {model: model for model in filled})
         if legend := axes.get_legend():
             legend.set_title("")
-        session.written += save_figure(stem, figure, data)
+        session.written += save_figure(stem, figure, data.assign(**stamp))
 
 
 # ---------------------------------------------------------------- the stage
@@ -363,9 +368,9 @@ def _compare_in(
     comparison = ModelComparison(args, session, scope, names)
     values = [comparison.run_values(root.run(name)) for name in wanted for root in kept if name in root.run_names]
     summary = pd.DataFrame([value.row for value in values]).reindex(columns=list(SUMMARY_COLUMNS))
-    table = aggregate(summary)
+    table = aggregate(summary).assign(**stamp)
     session.csv("run_summary_by_model.csv", summary)
-    session.csv("agg_summary_by_run.csv", table.assign(**stamp))
+    session.csv("agg_summary_by_run.csv", table)
     ecdfs: dict[str, dict[str, Any]] = {}
     for value in values:
         for kind, numbers in value.ecdf.items():

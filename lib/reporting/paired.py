@@ -289,6 +289,9 @@ def _tell_totals(sums: pd.DataFrame, counts: pd.DataFrame, scope: Scope, report:
 def _tell_tests(tests: pd.DataFrame, endpoint: str, alternative: str, report: Report) -> None:
     report.line(f"{endpoint}, A - B {alternative} (A = {REFERENCE.value}):")
     for row in tests.itertuples(index=False):
+        if not row.n_pairs:
+            report.line(f"  B = {row.B_method}: no unit has both methods")
+            continue
         report.line(
             f"  B = {row.B_method}: {row.n_pairs} pairs ({row.n_pos} up, {row.n_neg} down), mean difference "
             f"{row.mean_diff:.3g}; sign p {row.sign_p:.3g} (Holm {row.sign_p_holm:.3g}), sign-flip p "

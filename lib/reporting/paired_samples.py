@@ -183,6 +183,9 @@ def write_sample_statistics(args: argparse.Namespace, scope: Scope, session: Ses
         session.csv("sampled_pairwise_comparisons.csv", result.assign(**stamp))
     session.report.line(f"neurons' {args.metric_col}, {args.sample_stat} per unit, A - B {args.alt}:")
     for row in result.itertuples(index=False):
+        if not row.n_pairs:
+            session.report.line(f"  B = {row.B_method}: no unit has neurons of both methods")
+            continue
         session.report.line(
             f"  B = {row.B_method}: {row.n_pairs} pairs, mean difference {row.mean_diff:.3g} (bootstrap "
             f"{row.bootstrap_ci95_lo:.3g} to {row.bootstrap_ci95_hi:.3g}), sign-flip p "

@@ -158,9 +158,12 @@ def draw_ecdf(
 
 
 def ecdf_grid(
-    stem: Path, panels: Mapping[str, Mapping[str, np.ndarray]], notes: Mapping[str, Mapping[str, str]] | None = None
+    stem: Path,
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    notes: Mapping[str, Mapping[str, str]] | None = None,
+    stamp: Mapping[str, object] | None = None,
 ) -> list[Path]:
-    """ECDF panels in two columns, with one legend of all series below them."""
+    """ECDF panels in two columns, with one legend of all series below them. stamp: constant columns of the data."""
     n_rows = -(-len(panels) // 2)
     labels = list(dict.fromkeys(label for series in panels.values() for label in series))
     with report_style():
@@ -176,7 +179,8 @@ def ecdf_grid(
         handles = [grid[0].plot([], [], color=colours[label])[0] for label in labels]
         # Outside the panels: the layout makes room for it, so it covers none of them.
         figure.legend(handles, labels, loc="outside lower center", ncols=1)
-        return save_figure(stem, figure, pd.concat(data, ignore_index=True) if data else pd.DataFrame())
+        points = pd.concat(data, ignore_index=True) if data else pd.DataFrame()
+        return save_figure(stem, figure, points.assign(**(stamp or {})))
 
 
 def heatmap(stem: Path, counts: pd.DataFrame, *, x_label: str, y_label: str, bar_label: str) -> list[Path]:

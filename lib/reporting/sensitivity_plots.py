@@ -41,7 +41,7 @@ def write_counts(
                 }
             )
         )
-    data = pd.concat(lines, ignore_index=True)
+    data = pd.concat(lines, ignore_index=True).assign(**stamp)
     session.written += line_plot(
         folder / f"quality_threshold_sensitivity_vs_{factor}",
         data,
