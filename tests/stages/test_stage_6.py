@@ -228,6 +228,17 @@ def test_candidates_are_ordered_by_magnitude_where_stage_5_gives_it(tmp_path):
     assert (np.abs(without.scores) == without.strengths).all() and without.strengths.min() > 1
 
 
+def test_fewer_circuits_can_be_searched_than_stage_5_has_analysed(tmp_path):
+    make_world(tmp_path)
+    path = tmp_path / "nc" / "manifest.json"
+    common = {"cluster_by_spectral": False, "mlp_neurons_only": True, "last_k_layers": None, "top_k_neurons": None}
+    numbers = [
+        [circuit.circuit_id for circuit in read_circuits(path, Namespace(**common, max_n_of_rules_to_analyze=limit))]
+        for limit in (None, 1)
+    ]
+    assert len(numbers[0]) == 2 and numbers[1] == numbers[0][:1]
+
+
 def test_audit_reports_recall_with_interval(world):
     run(world, *POSITIVE, "--audit_members", "1000")
     audit = read(world, "per_rule/is_correct/rule_0000.json")["audit"]
