@@ -104,6 +104,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def block_of(value: Any, *keys: str) -> dict[str, Any]:
+    """The dictionary at a path of keys in a JSON value; {} where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def expect(reading: Reading[Value], kind: type, what: str) -> Reading[Value]:
     """The reading, or INVALID if its value is not of the expected kind (dict, list)."""
     if reading.is_usable and not isinstance(reading.value, kind):

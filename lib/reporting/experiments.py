@@ -19,7 +19,7 @@ from lib.reporting.distributions import BestMode, add_product, write_by_task, wr
 from lib.reporting.issues import Issue
 from lib.reporting.naming import RunMode, RunName
 from lib.reporting.plots import line_plot
-from lib.reporting.rules import METRIC_COLUMNS, load_best_rows, metric_values
+from lib.reporting.rules import METRIC_COLUMNS, load_best_rows, metric_values, neuron_keys
 from lib.reporting.scopes import Scope, parse_scopes
 from lib.reporting.session import Session, nothing_found
 from lib.reporting.stats import sd, threshold_grid
@@ -144,11 +144,7 @@ def _truth(column: pd.Series) -> np.ndarray:
 def sweep(best: pd.DataFrame, metric_column: str, thresholds: np.ndarray, scores: pd.DataFrame | None) -> pd.DataFrame:
     """HQ neurons and their union of flips at each threshold; without `scores`, the flip columns are NA."""
     values = metric_values(best, metric_column)
-    keys = (
-        [f"{layer}_{int(index)}" for layer, index in zip(best["layer_key"], best["neuron_id"], strict=True)]
-        if len(best)
-        else []
-    )
+    keys = neuron_keys(best)
     flips = {name: read_flips(scores, keys, name) for name in DIRECTIONS} if scores is not None else {}
     rows = []
     for threshold in thresholds:
@@ -159,17 +155,19 @@ def sweep(best: pd.DataFrame, metric_column: str, thresholds: np.ndarray, scores
             row |= {
                 f"union_{name}_count": count,
                 f"eval_{name}_rows": n_eval,
-                f"union_{name}_pct": _share(count, n_eval),
+                f"union_{name}_pct": _share(count, n_eval, bool(members.any())),
             }
         rows.append(row | {"scores_rows": None if scores is None else len(scores)})
     return pd.DataFrame(rows)
 
 
-def _share(count: int | None, n_eval: int | None) -> float:
-    """Percent; nothing flipped is 0 % even of nothing evaluated, unless something should have been."""
+def _share(count: int | None, n_eval: int | None, has_members: bool) -> float:
+    """Percent of the evaluated rows: no neuron flips 0 % even of nothing; neurons without evaluated row are unknown."""
     if count is None or n_eval is None:
         return math.nan
-    return 100.0 * count / n_eval if n_eval else 0.0
+    if not n_eval:
+        return math.nan if has_members else 0.0
+    return 100.0 * count / n_eval
 
 
 # ---------------------------------------------------------------- one scope of the whole comparison

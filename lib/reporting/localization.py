@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lib.reporting.artifacts import REGIMES, Reading, RunFolder, Status, expect, read_json
+from lib.reporting.artifacts import REGIMES, Reading, RunFolder, Status, block_of, expect, read_json
 
 _METHOD = "eap_ig_inputs"
 _MEMBER_KEYS = ("layers_neurons_dict", "layers_units_dict")
@@ -126,20 +126,22 @@ def agonists(run: RunFolder, regime: str) -> Reading[list[Agonist]]:
     reading = _read(run, regime, "neuron_buckets.json", dict)
     if not reading.is_usable:
         return replace(reading, value=None)
-    bucket = (reading.value or {}).get("non_catastrophic_agonists") or {}
-    found = [_agonist(neuron, entry) for neuron, entry in bucket.items() if isinstance(entry, dict)]
+    bucket = (reading.value or {}).get("non_catastrophic_agonists", {})
+    if not isinstance(bucket, dict) or not all(block_of(entry, "last_record") for entry in bucket.values()):
+        reason = "an agonist has no record; run stage 6 again"
+        return Reading(Status.INVALID, reason=reason, path=reading.path)
+    found = [_agonist(neuron, entry) for neuron, entry in bucket.items()]
     return Reading(Status.OK if found else Status.EMPTY, found, path=reading.path)
 
 
 def _agonist(neuron: str, entry: dict[str, Any]) -> Agonist:
-    record = entry.get("last_record") or {}
+    record = block_of(entry, "last_record")
     effect = _number(record.get("max_effect"))
-    circuit = record.get("circuit_id")
     return Agonist(
         neuron,
         effect if math.isfinite(effect) else _number(entry.get("best_abs_gap")),
         _number(record.get("accuracy_gap")),
-        int(circuit) if isinstance(circuit, int | float) else None,
+        _count(record.get("circuit_id")),
         bool(record.get("catastrophic", False)),
     )
 
@@ -160,7 +162,7 @@ def knockout(run: RunFolder, regime: str) -> Reading[list[dict[str, Any]]]:
 def circuit_detail(run: RunFolder, regime: str, entry: Mapping[str, Any]) -> Reading[dict[str, Any]]:
     """The detail file of a knockout entry, in our or the published place, if its id and label agree."""
     folder, number = regime_dir(run, regime), entry.get("circuit_id")
-    if folder is None or not isinstance(number, int):
+    if folder is None or _count(number) is None:
         return Reading(Status.MISSING, reason="the entry has no circuit id", path=run.path)
     target = str(entry.get("rule_target") or entry.get("target") or "")
     for path in _detail_places(folder, target, number):
@@ -189,27 +191,41 @@ def _agrees(detail: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> bo
 # ---------------------------------------------------------------- candidates and cost
 
 
+def _group_tests(detail: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, list[int]]]]:
+    """(record, members by layer) of every group test that a detail file states in full."""
+    records = detail.get("ablations")
+    for record in records if isinstance(records, list) else []:
+        groups = (
+            next((record[key] for key in _MEMBER_KEYS if key in record), None) if isinstance(record, dict) else None
+        )
+        if isinstance(groups, dict) and all(isinstance(ids, list) for ids in groups.values()):
+            yield record, groups
+
+
 def candidates_by_layer(detail: Mapping[str, Any]) -> dict[str, int]:
     """Candidates of a circuit by layer, counted from its group tests, else from an explicit map; {} if unknown."""
-    members: dict[str, set[int]] = {}
+    members: dict[str, set[str]] = {}
     largest: dict[str, int] = {}
-    for record in detail.get("ablations") or []:
-        groups = next((record[key] for key in _MEMBER_KEYS if isinstance(record.get(key), dict)), {})
+    for record, groups in _group_tests(detail):
         for layer, ids in groups.items():
-            members.setdefault(layer, set()).update(ids)
+            members.setdefault(layer, set()).update(map(str, ids))
             # A group that lies in one layer may state its size without naming all of its members.
-            stated = record.get("group_size") if len(groups) == 1 else None
-            largest[layer] = max(largest.get(layer, 0), len(ids), stated if isinstance(stated, int) else 0)
+            stated = _count(record.get("group_size")) if len(groups) == 1 else None
+            largest[layer] = max(largest.get(layer, 0), len(ids), stated or 0)
     if members:
         return {layer: max(len(ids), largest[layer]) for layer, ids in members.items()}
     for key in _CANDIDATE_KEYS:
         if isinstance(detail.get(key), dict):
-            return {
-                layer: len(value) if isinstance(value, list) else int(value)
-                for layer, value in detail[key].items()
-                if isinstance(value, list | int)
+            sizes = {
+                layer: len(value) if isinstance(value, list) else _count(value) for layer, value in detail[key].items()
             }
+            return {layer: size for layer, size in sizes.items() if size is not None}
     return {}
+
+
+def _count(value: Any) -> int | None:
+    """A count from a file, or None if it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
@@ -219,17 +235,18 @@ def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
         return replace(reading, value=None)
     costs = []
     for entry in reading.value or []:
-        n_groups = entry.get("n_ablation_groups")
-        if not isinstance(n_groups, int):
-            continue
+        n_groups = _count(entry.get("n_ablation_groups"))
+        if n_groups is None:
+            reason = f"circuit {entry.get('circuit_id')} states no n_ablation_groups; run stage 6 again"
+            return Reading(Status.INVALID, reason=reason, path=reading.path)
         detail = circuit_detail(run, regime, entry).value or {}
         layers = candidates_by_layer(detail)
-        stated = (entry.get("search_cost") or detail.get("search_cost") or {}).get("n_candidates")
-        n_candidates = stated if isinstance(stated, int) else sum(layers.values()) or None
+        cost = block_of(entry, "search_cost") or block_of(detail, "search_cost")
+        n_candidates = _count(cost.get("n_candidates")) or sum(layers.values()) or None
         costs.append(
             CircuitCost(
                 regime,
-                entry.get("circuit_id"),
+                _count(entry.get("circuit_id")),
                 str(entry.get("circuit_label", "")),
                 n_groups,
                 n_candidates,
@@ -289,8 +306,7 @@ def detail_effects(detail: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(entry, dict) and "neuron" in entry
         }
     effects: dict[str, float] = {}
-    for record in detail.get("ablations") or []:
-        groups = next((record[key] for key in _MEMBER_KEYS if isinstance(record.get(key), dict)), {})
+    for record, groups in _group_tests(detail):
         names = [f"{layer}:{index}" for layer, ids in groups.items() for index in ids]
         effect = _number(record.get("max_effect"))
         if len(names) == 1 and record.get("group_size", 1) == 1 and math.isfinite(effect):

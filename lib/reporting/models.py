@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lib.artifacts import save_figure
 from lib.cli import Report, UserError
-from lib.reporting.artifacts import ModelRoot, RunFolder, Status, find_model_roots, open_tree
+from lib.reporting.artifacts import ModelRoot, RunFolder, Status, block_of, find_model_roots, open_tree
 from lib.reporting.issues import Issue
 from lib.reporting.localization import agonists, budget, circuit_costs
 from lib.reporting.naming import RunName, canonical_order, label_of
@@ -118,7 +118,7 @@ class ModelComparison:
         best = self.session.take(run, load_best_rows(run, self.scope, self.args.min_rule_dataset_coverage), "rule rows")
         coverage = self.session.take(run, run.coverage, "high_quality_neuron_flip_coverage.json").value or {}
         threshold = hq_threshold(coverage, self.scope)
-        block = (coverage.get("score_scopes") or {}).get(self.scope.slug) or {}
+        block = block_of(coverage, "score_scopes", self.scope.slug)
         share = union_share(block)
         if best.value is None:
             return {"hq_threshold": threshold, "hq_flip_any_union_share_of_all": share}, np.array([]), best.status
@@ -178,21 +178,23 @@ class ModelComparison:
 
 def hq_threshold(coverage: dict[str, Any], scope: Scope) -> float:
     """The scope's own threshold in a coverage file; the default if the file names none for it."""
-    block = (coverage.get("score_scopes") or {}).get(scope.slug) or {}
-    for value in (block.get("quality_threshold"), (coverage.get("quality_thresholds_by_scope") or {}).get(scope.slug)):
-        if isinstance(value, int | float):
-            return float(value)
+    stated = (
+        block_of(coverage, "score_scopes", scope.slug).get("quality_threshold"),
+        block_of(coverage, "quality_thresholds_by_scope").get(scope.slug),
+    )
+    for value in map(_number, stated):
+        if math.isfinite(value):
+            return value
     # The top level repeats one scope; older files do not say which, and had the same threshold for all.
-    if coverage.get("primary_score_scope") in (None, scope.slug) and isinstance(
-        coverage.get("quality_threshold"), int | float
-    ):
-        return float(coverage["quality_threshold"])
-    return DEFAULT_THRESHOLD
+    top = _number(coverage.get("quality_threshold"))
+    return (
+        top if math.isfinite(top) and coverage.get("primary_score_scope") in (None, scope.slug) else DEFAULT_THRESHOLD
+    )
 
 
 def union_share(block: dict[str, Any]) -> float:
     """Of the rows flipped by any neuron in a scope, the share flipped by high-quality ones; NaN if not available."""
-    flips, everyone = block.get("flip_any") or {}, block.get("all_rule_bearing_in_scope") or {}
+    flips, everyone = block_of(block, "flip_any"), block_of(block, "all_rule_bearing_in_scope")
     high, whole = _number(flips.get("union_high")), _number(everyone.get("union_any", flips.get("union_all_in_scope")))
     return high / whole if whole > 0 else math.nan
 

@@ -142,14 +142,26 @@ def best_per_neuron(rows: pd.DataFrame, scope: Scope = Scope.TEST) -> pd.DataFra
         rows = rows[rows["chosen_on_train"].astype("string").str.lower().isin(["true", "1", "1.0"])]
     by = [name for name in _SORT_COLUMNS if name in rows]
     ranked = rows.sort_values(by, ascending=False, kind="stable", na_position="last") if by else rows
-    return ranked.drop_duplicates(_identity(rows)).reset_index(drop=True)
+    return _identified(ranked).drop_duplicates(["layer_key", "neuron_id"]).reset_index(drop=True)
 
 
-def _identity(rows: pd.DataFrame) -> list[str]:
-    for names in (["layer_key", "neuron_id"], ["rule_target_dir", "neuron_key"], ["neuron_key"]):
-        if all(name in rows for name in names):
-            return names
-    raise KeyError("rule rows name no neuron: expected layer_key and neuron_id, or neuron_key")
+def _identified(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with `layer_key` and an integer `neuron_id`, from `neuron_key` where these are absent.
+
+    Raises:
+        KeyError: a row names no neuron.
+    """
+    import pandas as pd
+
+    if not {"layer_key", "neuron_id"} <= set(rows.columns):
+        if "neuron_key" not in rows:
+            raise KeyError("rule rows name no neuron: expected layer_key and neuron_id, or neuron_key")
+        parts = rows["neuron_key"].astype("string").str.rpartition("_")
+        rows = rows.assign(layer_key=parts[0], neuron_id=parts[2])
+    ids = pd.to_numeric(rows["neuron_id"], errors="coerce")
+    if not ((ids >= 0) & (ids < 2**31)).all() or rows["layer_key"].isna().any():
+        raise KeyError("a rule row names no neuron: its layer_key or neuron_id is not readable")
+    return rows.assign(neuron_id=ids.astype(int))
 
 
 def load_best_rows(run: RunFolder, scope: Scope, min_coverage: float = DEFAULT_MIN_COVERAGE) -> Reading[pd.DataFrame]:
@@ -162,6 +174,13 @@ def load_best_rows(run: RunFolder, scope: Scope, min_coverage: float = DEFAULT_M
     except KeyError as error:
         return Reading(Status.INVALID, reason=str(error.args[0]), path=reading.path)
     return Reading(Status.OK if len(best) else Status.EMPTY, best, path=reading.path)
+
+
+def neuron_keys(best: pd.DataFrame) -> list[str]:
+    """The neurons' spelling in column names (`m12_345`), row by row."""
+    if best.empty:
+        return []
+    return [f"{layer}_{index}" for layer, index in zip(best["layer_key"], best["neuron_id"], strict=True)]
 
 
 def metric_values(best: pd.DataFrame, column: str = "MCC") -> np.ndarray:

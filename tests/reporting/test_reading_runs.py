@@ -334,3 +334,39 @@ def test_nothing_of_the_reports_imports_torch():
 def test_the_tree_of_this_module_has_what_the_tests_rely_on(tree):
     assert published.MODELS[0] in {cell.llm for cell in tree.cells.values()}
     assert tree.cells[EMPTY_CELL].rules == []
+
+
+# ---------------------------------------------------------------- broken files
+
+
+def test_neurons_are_known_by_their_key_alone(tmp_path):
+    rows = [
+        {key: value for key, value in row(0.8, neuron="a16_h21_7").items() if key not in ("layer_key", "neuron_id")}
+    ]
+    best = load_best_rows(run_with(tmp_path, {"rule_combo_metrics_test_all.csv": rows}), Scope.TEST).value
+    assert (best["layer_key"].tolist(), best["neuron_id"].tolist()) == (["a16_h21"], [7])
+
+
+@pytest.mark.parametrize("change", [{"neuron_id": "x"}, {"neuron_id": None}, {"layer_key": None}])
+def test_a_row_that_names_no_neuron_is_invalid(tmp_path, change):
+    run = run_with(tmp_path, {"rule_combo_metrics_test_all.csv": [row(0.8), {**row(0.9), **change}]})
+    assert load_best_rows(run, Scope.TEST).status is Status.INVALID
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rule_knockout.json", [{"circuit_id": 0, "status": "ok", "n_ablation_groups": None}]),
+        ("rule_knockout.json", {"circuit_id": 0}),
+        ("neuron_buckets.json", {"non_catastrophic_agonists": {"m0:1": {"best_abs_gap": 0.4}}}),
+        ("neuron_buckets.json", {"non_catastrophic_agonists": [1]}),
+    ],
+)
+def test_half_a_cost_or_bucket_is_invalid_not_smaller(tmp_path, name, content):
+    root = ModelRoot("arithmetic", "", "M", tmp_path / "stats", tmp_path)
+    run = root.run(MAIN_RUN)
+    folder = tmp_path / run.name.discovery_base / "eap_ig_inputs" / run.name.circuit_label / run.name.bag_label
+    (folder / "positive_baseline").mkdir(parents=True)
+    (folder / "positive_baseline" / name).write_text(json.dumps(content))
+    reader = circuit_costs if name == "rule_knockout.json" else agonists
+    assert reader(run, "positive").status is Status.INVALID

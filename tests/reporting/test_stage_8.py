@@ -271,10 +271,16 @@ def test_a_neuron_without_column_is_unknown():
 
 
 def test_the_sweep_says_sixty_percent():
-    best = pd.DataFrame({"layer_key": ["m0", "m0"], "neuron_id": [1.0, 3.0], "MCC": [0.9, 0.7]})
+    best = pd.DataFrame({"layer_key": ["m0", "m0"], "neuron_id": [1, 3], "MCC": [0.9, 0.7]})
     table = sweep(best, "MCC", np.array([0.7, 0.8, 0.95]), scores_frame())
     assert table["union_c2i_pct"].tolist() == [60.0, 40.0, 0.0]
     assert table["n_high_quality_neurons"].tolist() == [2, 1, 0]
+
+
+def test_neurons_without_a_flip_column_have_no_share():
+    best = pd.DataFrame({"layer_key": ["m9"], "neuron_id": [9], "MCC": [0.8]})
+    table = sweep(best, "MCC", np.array([0.7, 0.9]), scores_frame())
+    assert math.isnan(table["union_c2i_pct"][0]) and table["union_c2i_pct"][1] == 0.0
 
 
 def test_stars_are_given_against_the_best_run_only():
