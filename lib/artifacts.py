@@ -390,14 +390,14 @@ def _peak_memory_mb() -> float:
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold the folder's write lock; a second writer gets a `UserError` at once. Freed even by `kill -9`."""
+def exclusive(folder: str | Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the folder's write lock; a second writer gets a `UserError` after waiting. Freed even by `kill -9`."""
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(folder / ".lock", timeout=wait_seconds)
         lock.acquire()
     except Timeout:
         raise UserError(f"another run is writing to {folder}; wait for it or choose another folder") from None

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,15 @@ def test_second_writer_is_told(tmp_path):
     other.wait()
     with exclusive(tmp_path):
         pass
+
+
+def test_a_second_writer_may_wait(tmp_path):
+    code = f"from lib.artifacts import exclusive\nwith exclusive({str(tmp_path)!r}): print('in', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    threading.Timer(0.3, other.kill).start()
+    with exclusive(tmp_path, wait_seconds=20):
+        assert other.wait() != 0
 
 
 def test_figures_are_the_same_bytes_twice(tmp_path):
