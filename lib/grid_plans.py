@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.cli import Report, UserError
-from lib.grid import EVAL_INTERVENTION, MODELS, Cell, Selection, extra_flags, sensitivity_cells
+from lib.grid import MODELS, Cell, Selection, extra_flags, sensitivity_cells
 from lib.grid_runner import REPOSITORY, Step, cell_paths, cell_step, one_data_root, parse_pipeline, run_steps
 from lib.pipeline_plan import MEAN_POINTS, PipelinePlan
 from lib.reporting.naming import RunMode
@@ -54,10 +54,15 @@ def _floor() -> str:
 # ---------------------------------------------------------------- the grid
 
 
-def experiments(extra: Sequence[str]) -> list[Step]:
-    """Every cell; after each task the comparisons of its run modes and models, at the end those of all tasks."""
+def experiments(extra: Sequence[str], *, runs_only: bool = False) -> list[Step]:
+    """Every cell; after each task the comparisons of its run modes and models, at the end those of all tasks.
+
+    runs_only: the cells alone, for jobs that share the grid between them.
+    """
     selection = Selection.from_environment()
     cells = selection.cells()
+    if runs_only:
+        return [cell_step(cell, extra) for cell in cells]
     data_root = one_data_root(cells, extra)
     out = data_root / "aggregated_visualizations"
     common = {"score_scope": "test", "min_rule_dataset_coverage": _floor()}
@@ -173,7 +178,8 @@ def resample(extra: Sequence[str]) -> list[Step]:
 
 def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[Step]:
     model = base.model_dir.relative_to(base.data_root / base.task).as_posix().replace("/", "__")
-    out = _out_root() / "intervention_shift" / base.task / model / f"{EVAL_INTERVENTION}_vs_{candidate.intervention}"
+    label = base.choices.eval_intervention
+    out = _out_root() / "intervention_shift" / base.task / model / f"{label}_vs_{candidate.intervention}"
     steps = []
     for scope, folder, suffix in (("test", out, ""), ("all_fit", out / "all_fit", "_all_fit")):
         # Archived runs do not state the coverage of held-out rows: it is then NA, and said to be missing.
@@ -183,7 +189,7 @@ def _shift_steps(cell: Cell, base: RunPaths, candidate: RecheckPaths) -> list[St
             candidate_dir=candidate.stats_dir,
             output_dir=folder,
             output_csv=folder / f"intervention_shift_summary{suffix}.csv",
-            baseline_label=EVAL_INTERVENTION,
+            baseline_label=label,
             candidate_label=candidate.intervention,
             task_name=base.task,
             model_name=base.ai_model,
@@ -290,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in (*PLANS, "tables"):
         plan = plans.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         plan.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+        if name == "experiments":
+            plan.add_argument("--runs_only", action="store_true", help="the runs, without the comparisons between them")
         if name == "tables":
             add_tables_arguments(plan)
     known = [_underscores(word) for word in argv[:split]]
@@ -301,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown option: {' '.join(unknown)}; {hint}")
         if args.plan == "tables":
             return run_tables(args, report)
-        return run_steps(PLANS[args.plan](extra_flags(argv[split + 1 :])), report, dry_run=args.dry_run)
+        choices = {"runs_only": args.runs_only} if args.plan == "experiments" else {}
+        return run_steps(PLANS[args.plan](extra_flags(argv[split + 1 :]), **choices), report, dry_run=args.dry_run)
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

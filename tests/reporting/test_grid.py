@@ -182,6 +182,13 @@ def test_recheck_changes_the_intervention_only():
     assert [value(step.command, "--hq_score_scope") for step in steps[4:]] == ["test", "all_fit"]
 
 
+def test_recheck_names_the_intervention_that_the_main_run_had():
+    # The label of the comparison said mean-positional even where the pipeline was told otherwise.
+    shift = grid_plans.resample(["--eval_intervention", "mean"])[-1].command
+    assert value(shift, "--baseline_label") == "mean"
+    assert "/mean_vs_mean-donor/" in value(shift, "--output_csv")
+
+
 def value(command, flag):
     return command[command.index(flag) + 1]
 
@@ -271,6 +278,18 @@ def test_dry_run_prints_every_command_and_runs_none(tmp_path):
     ]
     assert all("--no_llm" in command for command in commands[:5]) and list(tmp_path.iterdir()) == []
     assert value(commands[5], "--stats_path") == f"{tmp_path}/d/arithmetic"
+
+
+def test_jobs_that_share_the_grid_leave_the_comparisons_to_the_last_call():
+    result = dry_run(
+        "experiments", "--runs_only", TASKS="arithmetic", MODELS="a/b c/d", MODES="spectral_plan,brute_force"
+    )
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert [(command[1], command[3]) for command in commands] == [
+        ("_run_pipeline.sh", model) for model in ("a/b", "a/b", "c/d", "c/d")
+    ]
+    assert "unknown option" in dry_run("sensitivity", "--runs_only").stderr
 
 
 def test_wrong_choices_are_one_line_and_exit_2():
