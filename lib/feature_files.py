@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from lib.artifacts import write_csv, write_json
-from lib.feature_filters import FeatureMetrics, FilterResult, variance_z
+from lib.feature_filters import FeatureMetrics, Filter, FilterResult, variance_z
 from lib.feature_moments import moments
 from lib.feature_proposals import Proposals, Rejected
+from lib.feature_representation import Origin
 from lib.feature_scoring import ScoredFeatures
 from lib.feature_split import Split
 from lib.task_spec import FeatureTaskSpec
@@ -37,6 +38,18 @@ class FeatureTable:
         return np.flatnonzero(self.filtered.keep)
 
     @property
+    def in_table(self) -> np.ndarray:
+        """Numbers of the candidates with a column in `scores.csv`: the kept ones, and the task's own constant ones.
+
+        That a seed feature is constant says something of the data, not of the feature: it stays where a reader looks
+        for it. It is not in `features.json`, so no later stage uses it.
+        """
+        scored = self.scored
+        constant_seeds = [index for index, (filter_, _) in self.filtered.reasons.items()
+                          if filter_ is Filter.CONSTANT and scored.features[index].origin is Origin.SEED]
+        return np.union1d(self.kept, np.array(constant_seeds, dtype=int))
+
+    @property
     def rejected_proposals(self) -> list[Rejected]:
         """Proposals that were never scored, or failed when they were."""
         failed = [Rejected(feature.label, feature.description, feature.python_src, reason)
@@ -47,7 +60,7 @@ class FeatureTable:
 def write_outputs(folder: Path, table: FeatureTable, task: FeatureTaskSpec, *, plots: bool) -> list[Path]:
     """Write everything; the paths, for the run's record."""
     scored, split = table.scored, table.split
-    values = pd.DataFrame(scored.values[:, table.kept], columns=[table.columns[index] for index in table.kept])
+    values = pd.DataFrame(scored.values[:, table.in_table], columns=[table.columns[index] for index in table.in_table])
     ending = pd.DataFrame({"is_test": split.is_test, "split": np.where(split.is_test, "test", "train")})
     write_csv(folder / "scores.csv", pd.concat([table.frame, values, ending], axis=1))
     write_json(folder / "features.json", [_entry(table, index) for index in table.kept])

@@ -50,7 +50,9 @@ def _lines(table: FeatureTable, metrics: pd.DataFrame, task: FeatureTaskSpec, fi
         lines.append(f"| `{row['column']}` | {_cell(f'{feature.label}. {feature.description}')} | {row['origin']} | "
                      f"{row['mean_positive']:.3g} | {row['mean_negative']:.3g} | {row['auc']:.3f} | "
                      f"{row['missing_share']:.1%} |")
-    lines += ["", *figures, "", "## Dropped", "", "| column | filter | reason |", "|---|---|---|"]
+    lines += ["", *figures, "", "## Dropped", "",
+              "No rule uses these. The task's own constant features still have a column in `scores.csv`.", "",
+              "| column | filter | reason |", "|---|---|---|"]
     dropped = metrics[~metrics["kept"]].itertuples()
     lines += [f"| `{row.column}` | {row.filter} | {_cell(row.reason)} |" for row in dropped]
     return lines + [f"| {_cell(rejected.label)} | proposal | {_cell(rejected.reason)} |"

@@ -322,8 +322,12 @@ def test_all_features_reach_the_table(test_data, tmp_path):
     arguments = ["--no_llm", "--quiet", "--task_module", "lib.tasks.hans_nli_task", "-i", tmp_path / "llm_io_data.pkl"]
     assert run_script("2_generate_features", [*arguments, "-o", tmp_path / "report"]) == 0
     table = load_scores(tmp_path / "report", hans)
-    constant = {"Full lexical overlap", "Lexical overlap ratio"}  # so in a small draw
+    # By construction each HANS hypothesis has only words of its premise, and none of them is a negation.
+    constant = {"Full lexical overlap": 1.0, "Lexical overlap ratio": 1.0, "Hypothesis has negation": 0.0}
     rejected = read_json(tmp_path / "report/rejected_features.json", "rejected features")
-    assert {entry["label"] for entry in rejected} <= constant | {"Hypothesis has negation"}
-    assert len(table.feature_names) + len(rejected) == 11
+    assert {entry["label"]: entry["filter"] for entry in rejected} == dict.fromkeys(constant, "constant")
+    for entry in rejected:
+        assert set(table.frame[entry["column"]]) == {constant[entry["label"]]}
+        assert entry["column"] not in table.feature_names
+    assert len(table.feature_names) == 8
     assert {"premise_num_words", "dataset_split", "lexical_overlap_ratio"} <= set(table.frame.columns)

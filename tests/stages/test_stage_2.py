@@ -57,6 +57,13 @@ def test_the_table(answers, tmp_path):
     frame = pd.read_csv(tmp_path / "report/scores.csv", keep_default_na=False)
     catalogue = json.loads((tmp_path / "report/features.json").read_text())
     columns = [entry["column"] for entry in catalogue]
+    # A seed feature that is the same everywhere has a column, and no place in the catalogue.
+    metrics = pd.read_csv(tmp_path / "report/feature_metrics.csv", keep_default_na=False)
+    in_table = metrics.loc[metrics["kept"] | (metrics["filter"] == "constant"), "column"].tolist()
+    assert set(frame["same_sign"]) == {1.0}
+    assert "same_sign" in in_table
+    assert "same_sign" not in columns
+    assert set(columns) < set(in_table)
     assert frame.columns.tolist() == [
         "row_id",
         "operator_group",
@@ -65,7 +72,7 @@ def test_the_table(answers, tmp_path):
         "raw_output",
         "is_correct",
         "is_pure",
-        *columns,
+        *in_table,
         "is_test",
         "split",
     ]
