@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.cli import UserError
 from lib.grid import MODELS, TASKS, mode_word
 from lib.reporting.artifacts import MANIFEST, MANIFEST_SIGNATURE
 from lib.reporting.naming import RunMode, RunName
+from lib.zip_files import READ_ERRORS, open_zip
 
 DOI = "10.5281/zenodo.20533529"
 DOWNLOAD = f"download data.zip and cache.zip from https://doi.org/{DOI}"
@@ -26,6 +27,7 @@ METHOD_DIR = "eap_ig_inputs"
 REGIMES = ("positive", "negative")
 # Above this a JSON file is not parsed; only its last byte is looked at.
 _MAX_PARSED_BYTES = 30_000_000
+_BLOCK_BYTES = 1 << 20
 
 Node = Path | zipfile.Path
 
@@ -129,12 +131,13 @@ class Check:
     def _packed(self, name: str, archive: Path) -> Node | None:
         self.sizes[archive.name] = archive.stat().st_size
         try:
-            inside = zipfile.Path(archive)
-            inner = inside / f"{name}/"
-            has_content = any(True for _ in inside.iterdir())
-        except (OSError, zipfile.BadZipFile) as error:
+            with open_zip(archive) as opened:
+                has_content = bool(opened.namelist())
+        except UserError as error:
             self._add(archive.name, f"cannot be opened ({error})", f"{DOWNLOAD} again")
             return None
+        inside = zipfile.Path(archive)
+        inner = inside / f"{name}/"
         if not has_content:
             self._add(archive.name, "empty", f"{DOWNLOAD} again")
             return None
@@ -228,8 +231,7 @@ def model_dirs(data: Node) -> Iterator[tuple[str, str, Node]]:
 
 def run_faults(run: Node) -> Iterator[str]:
     """What is wrong with the stage-7 folder of a run, one line each."""
-    fault = _json_fault(run / MANIFEST)
-    manifest = {} if fault else json.loads((run / MANIFEST).read_bytes())
+    manifest, fault = _small_json(run / MANIFEST)
     manifest = manifest if isinstance(manifest, dict) else {}
     if fault:
         yield fault
@@ -287,26 +289,38 @@ def _folders(node: Node) -> list[Node]:
 
 def _json_fault(path: Node, label: str = "") -> str | None:
     """Why a JSON file cannot be used; None if it can."""
+    return _small_json(path, label)[1]
+
+
+def _small_json(path: Node, label: str = "") -> tuple[Any, str | None]:
+    """The value of a JSON file (None above the size that is parsed), and why it cannot be used, if it cannot."""
     label = label or path.name
     if not path.is_file():
-        return f"{label} is missing"
+        return None, f"{label} is missing"
     try:
-        content = path.read_bytes()
-        if len(content) > _MAX_PARSED_BYTES:
-            return None if content.rstrip()[-1:] in (b"}", b"]") else f"{label} is cut off"
-        json.loads(content)
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        return f"{label} cannot be read ({error})"
-    except (ValueError, RecursionError) as error:
-        return f"{label} is not JSON: {error}"
-    return None
+        with path.open("rb") as handle:
+            content = handle.read(_MAX_PARSED_BYTES + 1)
+            if len(content) <= _MAX_PARSED_BYTES:
+                return json.loads(content), None
+            # The end of what is not blank, however long the file is.
+            while block := handle.read(_BLOCK_BYTES):
+                content = block if block.strip() else content
+        return None, None if content.rstrip()[-1:] in (b"}", b"]") else f"{label} is cut off"
+    except READ_ERRORS as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+            return None, f"{label} is not JSON: {error}"
+        return None, f"{label} cannot be read ({error})"
 
 
 def _n_rows(path: Node) -> int | None:
-    """Rows below the header of a CSV file; None without a header."""
+    """Rows below the header of a CSV file; None without a header, or if it cannot be read."""
     if not path.is_file():
         return None
-    lines = path.read_bytes().count(b"\n")
+    try:
+        with path.open("rb") as handle:
+            lines = sum(block.count(b"\n") for block in iter(lambda: handle.read(_BLOCK_BYTES), b""))
+    except READ_ERRORS:
+        return None
     return lines - 1 if lines else None
 
 

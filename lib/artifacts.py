@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lib.cli import UserError
+from lib.plain_pickle import load_plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
+# What a spreadsheet takes for a formula; a number is none.
+_FORMULA = re.compile(r"(?![-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?\Z)\s*[=+\-@\t\r]")
 # Versions that can change numbers; other packages only change speed or looks.
 _FINGERPRINTED_PACKAGES = ("torch", "transformers", "xgboost", "scikit-learn", "numpy", "pandas")
 
@@ -52,7 +55,28 @@ def model_slug(ai_model: str) -> str:
     return "/".join(pieces)
 
 
+def path_piece(name: Any, where: str | Path) -> str:
+    """A name out of a file, if it can be the name of one file or folder; `where` is the file it stands in.
+
+    Raises:
+        UserError: it would lead elsewhere.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f:]{1,120}", name):
+        raise UserError(f"{where} holds the name {name!r}, which cannot be part of a file name; nothing was written")
+    return name
+
+
 # ---------------------------------------------------------------- writing and reading
+
+
+@contextlib.contextmanager
+def expecting(what: str, path: str | Path) -> Iterator[None]:
+    """Around code that picks a file's content apart: content of another shape becomes one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} is not {what} ({reason}); run the stage that writes it again") from error
 
 
 @contextlib.contextmanager
@@ -70,7 +94,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.fchmod(descriptor, 0o666 & ~_UMASK)
         with open(descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None) as handle:
             yield handle
             handle.flush()
@@ -91,6 +115,10 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+# Asked once, before any thread runs: asking means setting it to 0 for a moment.
+_UMASK = _umask()
 
 
 def plain(value: Any) -> Any:
@@ -145,6 +173,22 @@ def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
     quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
     with atomic_write(path) as handle:
         frame.to_csv(handle, index=False, lineterminator="\n", quoting=quoting)
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table for people: a text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+    For tables that no stage reads again. What stages exchange stays as it is, to the last byte.
+    """
+
+    def harmless(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+    safe = frame.rename(columns=harmless)
+    for place, kind in enumerate(frame.dtypes):
+        if kind.kind not in "biufcmM":
+            safe.isetitem(place, frame.iloc[:, place].map(harmless))
+    return safe
 
 
 def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:
@@ -221,16 +265,6 @@ def _array_errors(path: str | Path, what: str) -> Iterator[None]:
         ) from None
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Loads containers and scalars only: any class or function named in the stream is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain containers and numbers are allowed")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it holds a persistent reference")
-
-
 def write_pickle(path: str | Path, value: Any) -> None:
     """Write built-in containers and scalars as a pickle (the published format of stage 1), atomically."""
     with atomic_write(path, "wb") as handle:
@@ -241,24 +275,10 @@ def read_pickle(path: str | Path, what: str) -> Any:
     """Read a pickle of built-in containers and scalars; anything else in it is refused, nothing of it is run."""
     path = Path(path)
     try:
-        with open(path, "rb") as handle:
-            return _PlainUnpickler(handle).load()
+        return load_plain(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
-    except (
-        OSError,
-        MemoryError,
-        RecursionError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        UnicodeDecodeError,
-    ) as error:
+    except (OSError, MemoryError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} refused: {path} is not a plain pickle ({reason})") from None
 
@@ -281,7 +301,7 @@ def save_figure(stem: str | Path, figure: Figure, data: pd.DataFrame) -> list[Pa
 
     stem = Path(stem)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".png", ".csv")]
-    with plt.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "mecharule"}):
+    with plt.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "mecharule", "text.parse_math": False}):
         for path, dated in zip(paths[:2], ("CreationDate", "Software"), strict=True):
             with atomic_write(path, "wb") as handle:
                 figure.savefig(handle, format=path.suffix[1:], dpi=200, bbox_inches="tight", metadata={dated: None})

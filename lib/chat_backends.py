@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lib.cli import UserError
 
@@ -21,6 +22,7 @@ CREDENTIALS_FILE = Path(__file__).resolve().parents[1] / "credentials.env"
 _OPENAI_NAMES = re.compile(r"(?:chatgpt-|gpt-\d|o\d)")
 _REASONING_NAMES = re.compile(r"(?:o\d|gpt-5)")
 MAX_RETRY_AFTER_SECONDS = 120.0
+TRUSTED_SERVERS = "TRUSTED_CHAT_SERVERS"
 
 
 class Provider(Enum):
@@ -57,6 +59,9 @@ def resolve_chat_model(text: str, base_url: str = "") -> ChatModel:
     `provider:model` is taken by its word. Otherwise a base URL means a server with OpenAI's protocol; `gpt-<digit>...`,
     `chatgpt-...` and `o<digit>...` are OpenAI's; everything else, such as `gemma3:27b` or `gpt-oss:20b`, is Ollama's.
     """
+    if "@" in base_url or "?" in base_url:
+        raise UserError("a server's address must hold no key or password, as it is recorded and shown; set the key in "
+                        "the environment or in credentials.env")
     prefix, colon, rest = text.partition(":")
     if colon and prefix in {provider.value for provider in Provider}:
         if not rest:
@@ -116,6 +121,23 @@ def _credentials() -> dict[str, str]:
     pattern = re.compile(r"\s*(?:export\s+)?([A-Z_]+)=['\"]?([^'\"#\s]*)")
     matches = (pattern.match(line) for line in CREDENTIALS_FILE.read_text(encoding="utf-8").splitlines())
     return {match[1]: match[2] for match in matches if match}
+
+
+def confirm_recorded_server(base_url: str, recorded_in: Path | None) -> None:
+    """Refuse a server that only a file names: whoever made the file would get prompts, answers and the key.
+
+    A server on this machine is allowed, and one that the environment variable TRUSTED_CHAT_SERVERS names (several are
+    separated by spaces).
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not base_url or recorded_in is None or base_url in os.environ.get(TRUSTED_SERVERS, "").split():
+        return
+    host = urlsplit(base_url if "://" in base_url else f"//{base_url}").hostname or ""
+    if host != "localhost" and not host.startswith("127.") and host != "::1":
+        raise UserError(f"{recorded_in} names the server {base_url!r}: prompts, answers and your key would go there; "
+                        f"if it is yours, set {TRUSTED_SERVERS}={base_url}")
 
 
 class ChatBackend(ABC):

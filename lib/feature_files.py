@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.artifacts import write_csv, write_json
+from lib.artifacts import without_formulas, write_csv, write_json
 from lib.feature_filters import FeatureMetrics, Filter, FilterResult, variance_z
 from lib.feature_moments import moments
 from lib.feature_proposals import Proposals, Rejected
@@ -65,7 +65,7 @@ def write_outputs(folder: Path, table: FeatureTable, task: FeatureTaskSpec, *, p
     write_csv(folder / "scores.csv", pd.concat([table.frame, values, ending], axis=1))
     write_json(folder / "features.json", [_entry(table, index) for index in table.kept])
     metrics = metrics_table(table)
-    write_csv(folder / "feature_metrics.csv", metrics)
+    write_csv(folder / "feature_metrics.csv", without_formulas(metrics))
     write_json(folder / "rejected_features.json", [
         *({**_entry(table, index), "filter": filter_.value, "reason": reason}
           for index, (filter_, reason) in sorted(table.filtered.reasons.items())),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,6 +18,7 @@ import numpy as np
 
 from lib.cli import UserError
 from lib.neurons import Neuron, parse_neuron
+from lib.zip_files import open_zip
 
 if TYPE_CHECKING:
     from lib.scores_table import ScoresTable
@@ -191,13 +191,10 @@ def _json_files(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _zipped_json_files(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if name.endswith(".json") and "__MACOSX" not in name)
-            for name in names:
-                yield f"{path.as_posix()}/{name}", archive.read(name)
-    except (zipfile.BadZipFile, RuntimeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a zip file ({error}); pack the folder again") from None
+    with open_zip(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".json") and "__MACOSX" not in name)
+        for name in names:
+            yield f"{path.as_posix()}/{name}", archive.read(name)
 
 
 def _parse(data: bytes, name: str) -> Any:

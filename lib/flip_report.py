@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.artifacts import atomic_write, write_csv
+from lib.artifacts import atomic_write, without_formulas, write_csv
 from lib.cli import UserError
 from lib.flip_answer_log import AnswerLog, group_key
 from lib.flip_metrics import QualityCut
@@ -114,7 +114,7 @@ def _example(
 
 def write_anchored_rules(stats_dir: Path, frame: pd.DataFrame) -> list[Path]:
     """`anchored_rules.csv` (all) and `anchored_rules.md` (the ten best, as a table to read)."""
-    write_csv(stats_dir / "anchored_rules.csv", frame)
+    write_csv(stats_dir / "anchored_rules.csv", without_formulas(frame))
     with atomic_write(stats_dir / "anchored_rules.md") as handle:
         handle.write(anchored_markdown(frame.head(MAX_SHOWN)))
     return [stats_dir / "anchored_rules.csv", stats_dir / "anchored_rules.md"]

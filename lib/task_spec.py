@@ -158,12 +158,14 @@ class FeatureTaskSpec(ABC):
     """Comma-separated keys of the `info` dictionary that proposed feature functions may use."""
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
 
-    def __init__(self, settings: TaskSettings | None = None) -> None:
+    def __init__(self, settings: TaskSettings | None = None, recorded_in: Path | None = None) -> None:
         self.settings = settings or self.Settings()
+        self.recorded_in = recorded_in
+        """The file that the settings come from; None if they are the user's own of this moment."""
 
-    def configured(self, settings: TaskSettings) -> Self:
+    def configured(self, settings: TaskSettings, recorded_in: Path | None = None) -> Self:
         """This task with other settings."""
-        return type(self)(settings)
+        return type(self)(settings, recorded_in)
 
     @property
     def MAX_NEW_TOKENS(self) -> int:  # noqa: N802 (published name)
@@ -279,7 +281,9 @@ def resolve_task_spec(module: str, features_scores_dir: str | Path | None = None
     if features_scores_dir is None:
         return task
     path = Path(features_scores_dir) / TASK_SETTINGS_FILE
-    return task.configured(task.Settings.from_json(read_task_settings(path, module))) if path.is_file() else task
+    if not path.is_file():
+        return task
+    return task.configured(task.Settings.from_json(read_task_settings(path, module)), recorded_in=path)
 
 
 def read_task_settings(path: str | Path, module: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import stat
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from lib.cli import UserError
 from lib.reporting.issues import Issue, IssueLog
 from lib.reporting.naming import RunName, canonical_order
 from lib.reporting.scopes import Scope
+from lib.zip_files import open_zip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,6 @@ _RUN_FILES = (
     "rule_combo_metrics_all.csv",
     "rule_combo_metrics_all_scopes.csv",
 )
-_MAX_UNPACKED_BYTES = 200 * 1024**3
 
 
 class Status(Enum):
@@ -255,20 +255,15 @@ def open_tree(path: str | Path) -> Iterator[Path]:
 
 def _unpack(path: Path, target: Path) -> None:
     target.mkdir()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if _is_wanted(info.filename)]
-            for info in members:
-                pieces = PurePosixPath(info.filename.replace("\\", "/"))
-                if pieces.is_absolute() or ".." in pieces.parts or ":" in pieces.parts[0]:
-                    raise UserError(f"{path}: member {info.filename!r} leads outside the archive; nothing was read")
-                if stat.S_ISLNK(info.external_attr >> 16):
-                    raise UserError(f"{path}: member {info.filename!r} is a link; nothing was read")
-            if sum(info.file_size for info in members) > _MAX_UNPACKED_BYTES:
-                raise UserError(f"{path} would unpack to more than {_MAX_UNPACKED_BYTES >> 30} GB; unpack it yourself")
-            archive.extractall(target, members=[info.filename for info in members])
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be unpacked ({_one_line(error)}); download it again") from error
+    with open_zip(path) as archive:
+        members = [info for info in archive.infolist() if _is_wanted(info.filename)]
+        n_bytes, n_free = sum(info.file_size for info in members), shutil.disk_usage(target).free
+        if n_bytes > n_free:
+            raise UserError(
+                f"{path} needs {n_bytes / 1e9:.1f} GB and {target.parents[1]} has {n_free / 1e9:.1f} GB left; "
+                "set TMPDIR to a larger disk, or unpack it yourself"
+            )
+        archive.extractall(target, members=[info.filename for info in members])
 
 
 def _is_wanted(name: str) -> bool:

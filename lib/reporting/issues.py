@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lib.artifacts import write_csv
+from lib.artifacts import without_formulas, write_csv
 from lib.cli import Report, UserError
 
 ISSUE_COLUMNS = ("task", "llm", "run_name", "artifact", "status", "message")
@@ -50,7 +50,8 @@ class IssueLog:
         import pandas as pd
 
         path = out_dir / "report_issues.csv"
-        write_csv(path, pd.DataFrame([asdict(issue) for issue in self.issues], columns=list(ISSUE_COLUMNS)))
+        frame = pd.DataFrame([asdict(issue) for issue in self.issues], columns=list(ISSUE_COLUMNS))
+        write_csv(path, without_formulas(frame))
         return path
 
     def tell(self, report: Report, out_dir: Path) -> None:

@@ -29,6 +29,8 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "axes.axisbelow": True,
+    # Names of runs and models may hold a $: they are shown, not read as formulas.
+    "text.parse_math": False,
 }
 WIDE = (10.5, 6.0)
 

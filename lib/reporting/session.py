@@ -36,10 +36,10 @@ class Session:
 
     def csv(self, name: str | Path, frame: pd.DataFrame) -> Path:
         """Write a CSV below the output folder."""
-        from lib.artifacts import write_csv
+        from lib.artifacts import without_formulas, write_csv
 
         path = self.out_dir / name
-        write_csv(path, frame)
+        write_csv(path, without_formulas(frame))
         self.written.append(path)
         return path
 

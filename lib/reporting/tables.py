@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.artifacts import atomic_write, file_digest, write_csv, write_json
+from lib.artifacts import atomic_write, file_digest, without_formulas, write_csv, write_json
 from lib.reporting.artifacts import relative_to_any
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def write(self, out_dir: Path) -> list[Path]:
-        """`<stem>.csv`, `<stem>.md`, `<stem>.tex`."""
+        """`<stem>.csv`, `<stem>.md`, `<stem>.tex`; texts in none of them can act (see `SECURITY.md`)."""
         paths = [out_dir / f"{self.stem}{suffix}" for suffix in (".csv", ".md", ".tex")]
-        write_csv(paths[0], self.frame)
+        write_csv(paths[0], without_formulas(self.frame))
         for path, text in zip(paths[1:], (self.markdown(), self.latex()), strict=True):
             with atomic_write(path) as handle:
                 handle.write(text)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lib.artifacts import read_json
+from lib.artifacts import expecting, path_piece, read_json
 from lib.cli import UserError
 from lib.neurons import Neuron, parse_label
+from lib.scores_table import BASELINE_SUBSETS
 
 _SCORE_KEY = re.compile(r"\(\s*['\"](?P<label>[^'\"]+)['\"]\s*,\s*(?P<index>\d+)\s*\)\Z")
 _USABLE = ("ok", "full_network_fallback")
@@ -75,6 +76,8 @@ def read_dataset_info(folder: Path, args: Namespace) -> DatasetInfo:
     """
     path = folder / "dataset_info.json"
     stored = read_json(path, "stage 5's dataset_info.json") if path.is_file() else {}
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(k, ""), str) for k in ("scores_path", "ai_model")):
+        raise UserError(f"{path} is not a record of stage 5; run stage 5 again")
     scores_path = args.scores_path or stored.get("scores_path")
     ai_model = args.ai_model or stored.get("ai_model")
     for value, flag in ((scores_path, "--scores_path"), (ai_model, "--ai_model")):
@@ -94,7 +97,7 @@ def read_circuits(path: Path, args: Namespace, d_model: int | None = None) -> li
         UserError: no usable circuit of the wanted kind.
     """
     entries = read_json(path, "stage 5's manifest.json")
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path} is not a manifest of stage 5 (a list of circuits)")
     wanted = [
         entry
@@ -107,7 +110,8 @@ def read_circuits(path: Path, args: Namespace, d_model: int | None = None) -> li
             f"{path} has no {kind} circuit that was analysed; run stage 5 again"
             + ("" if args.cluster_by_spectral else ", or give --cluster_by_spectral if it was run by clusters")
         )
-    circuits = [_circuit(entry, args, d_model, path) for entry in wanted[: args.max_n_of_rules_to_analyze]]
+    with expecting("a manifest of stage 5", path):
+        circuits = [_circuit(entry, args, d_model, path) for entry in wanted[: args.max_n_of_rules_to_analyze]]
     numbers = [(circuit.target, circuit.circuit_id) for circuit in circuits]
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{path} names a circuit twice; run stage 5 again")
@@ -129,7 +133,7 @@ def _circuit(entry: dict[str, Any], args: Namespace, d_model: int | None, path: 
     return Circuit(
         int(number),
         str(entry.get("circuit_label", "")),
-        str(entry["target"]),
+        path_piece(str(entry["target"]), path),
         entry.get("coefficient_sign"),
         entry.get("cluster_index"),
         None if rows is None else tuple(int(row) for row in rows),
@@ -214,11 +218,11 @@ def read_plan(path: Path) -> SamplingPlan:
         UserError: not a plan.
     """
     plan = read_json(path, "sampling plan (stage 4)")
-    try:
-        rules = {(rule["rule_target"], int(rule["rule_id"])): rule for rule in plan["rules"]}
+    with expecting("a sampling plan of stage 4", path):
+        if plan["baseline_subset"] not in BASELINE_SUBSETS:
+            raise ValueError(f"unknown baseline_subset {plan['baseline_subset']!r}")
+        rules = {(str(rule["rule_target"]), int(rule["rule_id"])): rule for rule in plan["rules"]}
         return SamplingPlan(path, plan["baseline_subset"], int(plan["dataset_size"]), rules)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a sampling plan of stage 4 ({error}); run stage 4 again") from None
 
 
 def regimes_to_run(args: Namespace, plan: SamplingPlan | None) -> Iterator[tuple[str, Path]]:

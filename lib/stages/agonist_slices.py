@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lib.artifacts import expecting
 from lib.cli import UserError, rng
 from lib.confidence_bounds import min_datapoints_to_prune
 from lib.group_testing import Oracle
@@ -95,7 +97,8 @@ def _planned_rows(entry: dict[str, Any], side: str, plan: SamplingPlan, table: S
             f"{plan.path} was made for {plan.dataset_size} datapoints, {table.path} has {len(index_space)} "
             f"({plan.baseline_subset}); run stage 4 again"
         )
-    positions = np.asarray(entry[f"{side}_indices"], dtype=np.int64)
+    with expecting("a sampling plan of stage 4", plan.path):
+        positions = np.array([operator.index(index) for index in entry[f"{side}_indices"]], dtype=np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < len(index_space):
         raise UserError(f"{plan.path} names datapoints that {table.path} does not have; run stage 4 again")
     return index_space[positions]

@@ -55,7 +55,7 @@ def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:
                         "give the same --task_module as in stage 1")
     # The summary also has the settings that only say where things are.
     values = {**settings["task_settings"], **record.get("summary", {}).get("task_settings", {})}
-    return task.configured(task.Settings.from_json(values))
+    return task.configured(task.Settings.from_json(values), recorded_in=path)
 
 
 @dataclass(frozen=True)

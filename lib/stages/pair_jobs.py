@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lib import spectral_analysis as spectral
-from lib.artifacts import read_json
+from lib.artifacts import expecting, read_json
 from lib.cli import UserError, rng
 from lib.pairing import pair_by_similarity, pairing_report
 from lib.stages.prompt_space import PromptSpace
@@ -75,15 +76,16 @@ def plan_jobs(path: Path, rules: Sequence[StoredRule], space: PromptSpace, args:
             f"{path} was made for {plan.get('dataset_size')} TRAIN rows, {table.path} has {len(all_rows)}; "
             "run stage 4 again"
         )
-    entries = {
-        (entry["rule_target"], entry["rule_id"]): entry
-        for entry in plan["rules"]
-        if isinstance(entry, dict) and "rule_id" in entry and "rule_target" in entry
-    }
-    return [
-        _plan_job(entries.get((table.primary_target, rule.rule_id)), rule, path, all_rows, space, args)
-        for rule in rules
-    ]
+    with expecting("a sampling plan of stage 4", path):
+        entries = {
+            (entry["rule_target"], entry["rule_id"]): entry
+            for entry in plan["rules"]
+            if isinstance(entry, dict) and "rule_id" in entry and "rule_target" in entry
+        }
+        return [
+            _plan_job(entries.get((table.primary_target, rule.rule_id)), rule, path, all_rows, space, args)
+            for rule in rules
+        ]
 
 
 def _plan_job(
@@ -96,7 +98,8 @@ def _plan_job(
 ) -> PairJob:
     if entry is None or entry.get("rule") != rule.text:
         raise UserError(f"{path} has no entry for rule {rule.rule_id} ({rule.text}); run stage 4 again")
-    associated, unrelated = entry["associated_indices"], entry["unrelated_indices"]
+    names = ("associated_indices", "unrelated_indices")
+    associated, unrelated = (list(map(operator.index, entry[name])) for name in names)
     if len(associated) != len(unrelated) or any(not 0 <= i < len(all_rows) for i in [*associated, *unrelated]):
         raise UserError(f"{path}: the indices of rule {rule.rule_id} are not pairs of TRAIN rows; run stage 4 again")
     reason = entry.get("reason", "skipped in the sampling plan") if entry["status"] != "ok" else None

@@ -101,7 +101,9 @@ class BonTask(FeatureTaskSpec):
     @cached_property
     def _judge(self) -> Judge:
         from lib.bon_judge import make_judge
+        from lib.chat_backends import confirm_recorded_server
 
+        confirm_recorded_server(self.settings.judge_base_url, self.recorded_in)
         return make_judge(self.settings.judge, self.settings.judge_base_url, self.settings.judge_cache_dir)
 
     @property
