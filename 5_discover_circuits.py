@@ -98,7 +98,7 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank_by",
         choices=["magnitude", "score"],
         default="magnitude",
-        help="rank neurons by the sum over pairs of |score|, where pushes up and down add up, or (published) by the "
+        help="rank units by the sum over pairs of |score|, where pushes up and down add up, or (published) by the "
         "|signed sum|, where they cancel",
     )
     group.add_argument("--include_zero_scores", action="store_true", help="units with score 0 may be kept")

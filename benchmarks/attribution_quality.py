@@ -124,7 +124,7 @@ def main() -> None:
     import numpy as np
     from scipy.stats import spearmanr
 
-    from lib.eap.attribution import attribute_neurons
+    from lib.eap.attribution import attribute_writes
     from lib.eap.order_check import ablation_effects
     from lib.eap.scores import AttributionIntervention, AttributionSettings
     from lib.interventions import Intervention, ReplacementTable
@@ -152,7 +152,7 @@ def main() -> None:
     for name, settings in methods().items():
         cpu = time.process_time()
         needs_table = settings.intervention is AttributionIntervention.MEAN_POSITIONAL
-        scores = attribute_neurons(lm, pairs, settings, batch_size=8, table=table if needs_table else None)
+        scores = attribute_writes(lm, pairs, settings, batch_size=8, table=table if needs_table else None)
         cpu = (time.process_time() - cpu) / len(pairs)
         for ranking, table_of_scores in (("", scores.signed), (" |.|", scores.magnitude)):
             found = np.abs(table_of_scores.mlp.cpu().numpy().ravel()[drawn])

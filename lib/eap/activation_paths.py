@@ -11,7 +11,7 @@ from lib.eap.changes import prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import PairBatch
 from lib.eap.runs import Edit, Observation, Watch, answer_logits, run
-from lib.eap.scores import AttributionSettings, NeuronScores
+from lib.eap.scores import AttributionSettings, WriteScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 
@@ -21,7 +21,7 @@ def activation_path_scores(
     batch: PairBatch,
     settings: AttributionSettings,
     table: ReplacementTable | None,
-    scores: NeuronScores,
+    scores: WriteScores,
 ) -> None:
     """Adds one batch to `scores`. The heads of a layer move together, as one component; all others recompute."""
     observation, changes = prepare(language_model, batch, settings, table, Watch(attention=settings.with_heads))

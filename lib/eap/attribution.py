@@ -14,7 +14,7 @@ from lib.eap.changes import prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import Pair, PairBatch, for_each_batch
 from lib.eap.runs import Activations, Observation, Watch, answer_logits, mlp_norm, run
-from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, NeuronScores
+from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method, WriteScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 
@@ -37,16 +37,17 @@ def check_settings(settings: AttributionSettings) -> None:
         )
 
 
-def attribute_neurons(
+def attribute_writes(
     language_model: LanguageModel,
     pairs: Sequence[Pair],
     settings: AttributionSettings,
     *,
     batch_size: int,
+    whole_writes: bool = False,
     table: ReplacementTable | None = None,
     progress: Iterable[int] = (),
-) -> NeuronScores:
-    """Scores of all MLP-write (and head-write) coordinates, summed over the pairs.
+) -> WriteScores:
+    """Scores of all MLP-write (and head-write) coordinates, or of whole writes, summed over the pairs.
 
     table: replacement values for the mean interventions. progress: iterated once per pair.
     """
@@ -54,15 +55,15 @@ def attribute_neurons(
     if settings.method is Method.INFORMATION_FLOW_ROUTES:
         raise UserError("--method information-flow-routes scores edges; use it with --circuit_level edge")
     from lib.eap.activation_paths import activation_path_scores
-    from lib.eap.exact import exact_neuron_scores
+    from lib.eap.exact import exact_scores
 
-    one_batch = {Method.EAP_IG_ACTIVATIONS: activation_path_scores, Method.EXACT: exact_neuron_scores}.get(
+    one_batch = {Method.EAP_IG_ACTIVATIONS: activation_path_scores, Method.EXACT: exact_scores}.get(
         settings.method, input_path_scores
     )
-    scores = NeuronScores.empty(language_model, settings.with_heads)
+    scores = WriteScores.empty(language_model, settings.with_heads, whole_writes)
 
     def work(batch: PairBatch) -> None:
-        own = NeuronScores.empty(language_model, settings.with_heads)
+        own = WriteScores.empty(language_model, settings.with_heads, whole_writes)
         one_batch(language_model, batch, settings, table, own)
         own.n_pairs = batch.n_pairs
         scores.merge(own)
@@ -88,7 +89,7 @@ def input_path_scores(
     batch: PairBatch,
     settings: AttributionSettings,
     table: ReplacementTable | None,
-    scores: NeuronScores,
+    scores: WriteScores,
 ) -> None:
     """EAP, EAP-IG-inputs and clean-corrupted: gradients at points between clean and corrupted token embeddings.
 

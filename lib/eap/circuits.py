@@ -109,7 +109,7 @@ class Layout:
 class ScoreTable:
     """Scores of one job, NaN where nothing was attributed.
 
-    values: [component row, d_model], or [component row, reader column] for edges.
+    values: [component row, d_model]; whole writes [component row, 1]; edges [component row, reader column].
     """
 
     layout: Layout
@@ -118,10 +118,11 @@ class ScoreTable:
     @classmethod
     def from_arrays(cls, layout: Layout, arrays: dict[str, np.ndarray], suffix: str = "") -> ScoreTable:
         """From stored arrays: `mlp` [layer, d_model], `embedding` [d_model], if attributed `heads` [layer, head,
-        d_model], each with the suffix; or `edges` [component row, reader column]."""
+        d_model] (scores of whole writes: 1 for d_model); or `edges` [component row, reader column]. All with the
+        suffix."""
         if "edges" in arrays:
-            return cls(layout, np.where(layout.edges(), arrays["edges"], np.nan))
-        values = np.full((layout.n_rows, layout.d_model), np.nan)
+            return cls(layout, np.where(layout.edges(), arrays["edges" + suffix], np.nan))
+        values = np.full((layout.n_rows, arrays["mlp" + suffix].shape[1]), np.nan)
         values[0] = arrays["embedding" + suffix]
         for layer in range(layout.n_layers):
             values[layout.mlp_row(layer)] = arrays["mlp" + suffix][layer]
@@ -244,12 +245,11 @@ class Circuit:
         """The `metadata_topn` block of a manifest, under its published keys."""
         block = {**self.scalars(), "indices": self.indices.tolist()}
         if self.level is CircuitLevel.NODE:
-            labels = [self.layout.label(row) for row in self.indices.tolist()]
-            return {**block, "node_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
+            return {**block, **self._label_blocks([self.layout.label(row) for row in self.indices.tolist()])}
         if self.level is CircuitLevel.EDGE:
             pairs = (divmod(index, self.width) for index in self.indices.tolist())
             labels = [f"{self.layout.label(row)}->{self.layout.column_label(column)}" for row, column in pairs]
-            return {**block, "edge_label_score": dict(zip(labels, map(_short, self.scores), strict=True))}
+            return {**block, **self._label_blocks(labels)}
         neurons: dict[str, list[int]] = {}
         names = []
         for index in self.indices.tolist():
@@ -257,10 +257,16 @@ class Circuit:
             label = self.layout.label(row)
             neurons.setdefault(label, []).append(coordinate)
             names.append(str((label, coordinate)))
-        block["neuron_label_score"] = dict(zip(names, map(_short, self.scores), strict=True))
-        if self.magnitudes is not None:
-            block["neuron_label_magnitude"] = dict(zip(names, map(_short, self.magnitudes), strict=True))
-        return {**block, "neurons": neurons}
+        return {**block, **self._label_blocks(names), "neurons": neurons}
+
+    def _label_blocks(self, labels: list[str]) -> dict[str, dict[str, float]]:
+        """`<level>_label_score` and, where units were ranked by magnitude, `<level>_label_magnitude`."""
+        columns = {"score": self.scores, "magnitude": self.magnitudes}
+        return {
+            f"{self.level.value}_label_{name}": dict(zip(labels, map(_short, values), strict=True))
+            for name, values in columns.items()
+            if values is not None
+        }
 
 
 def _short(score: float) -> float:

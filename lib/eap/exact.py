@@ -11,7 +11,7 @@ from lib.eap.changes import Changes, prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import PairBatch
 from lib.eap.runs import Observation, Watch, answer_logits, run
-from lib.eap.scores import AttributionSettings, NeuronScores
+from lib.eap.scores import AttributionSettings, WriteScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 
@@ -49,6 +49,12 @@ class ExactRuns:
             logits = answer_logits(self.language_model, kept.final, yardstick.is_scored, frame.first, self.border)
             return yardstick.measure(logits).unflatten(0, (self.n_pairs, n_units))
 
+    def unit_effects(self, kind: str, layer: int, change: torch.Tensor, whole_write: bool) -> torch.Tensor:
+        """Effects of all coordinates of a component, [pair, d_model], or of its whole write, [pair, 1]."""
+        if whole_write:
+            return self.effect(kind, layer, change).T
+        return self.coordinate_effects(kind, layer, change, range(self.language_model.d_model)).T
+
     def coordinate_effects(self, kind: str, layer: int, change: torch.Tensor, units: Sequence[int]) -> torch.Tensor:
         """Metric change when single coordinates of one component are replaced, [unit, pair].
 
@@ -78,20 +84,19 @@ def _adding(steps: torch.Tensor) -> Callable[..., torch.Tensor]:
     return lambda output, *_: output + steps.to(output.dtype)
 
 
-def exact_neuron_scores(
+def exact_scores(
     language_model: LanguageModel,
     batch: PairBatch,
     settings: AttributionSettings,
     table: ReplacementTable | None,
-    scores: NeuronScores,
+    scores: WriteScores,
 ) -> None:
-    """Adds the exact effect of every coordinate of every write, for one batch, to `scores`."""
+    """Adds the exact effect of every unit of one batch to `scores`: each coordinate, or each whole write, by itself."""
     runs = ExactRuns(language_model, batch, settings, table)
-    units = range(language_model.d_model)
     for layer, change in runs.changes.mlp.items():
-        scores.add_mlp(layer, runs.coordinate_effects("mlp", layer, change, units).T)
+        scores.add_mlp(layer, runs.unit_effects("mlp", layer, change, scores.whole_writes))
     for layer in runs.changes.head_layers:
         for head in range(language_model.n_heads):
             change = runs.changes.head(language_model, layer, head)
-            scores.add_heads(layer, runs.coordinate_effects("attention", layer, change, units).T, head)
-    scores.add_embedding(runs.coordinate_effects("embedding", 0, runs.changes.embedding, units).T)
+            scores.add_heads(layer, runs.unit_effects("attention", layer, change, scores.whole_writes), head)
+    scores.add_embedding(runs.unit_effects("embedding", 0, runs.changes.embedding, scores.whole_writes))

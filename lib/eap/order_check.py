@@ -32,13 +32,16 @@ def choose_units(table: ScoreTable, candidates: np.ndarray, n_units: int, genera
 def ablation_effects(
     language_model: LanguageModel,
     pairs: Sequence[Pair],
-    units: Sequence[tuple[str, int]],
+    units: Sequence[tuple[str, int | None]],
     settings: AttributionSettings,
     table: ReplacementTable | None,
     *,
     batch_size: int,
 ) -> np.ndarray:
-    """Metric change of each pair when each unit (component label, coordinate) is replaced, [unit, pair]."""
+    """Metric change of each pair when each unit (component label, coordinate or None: all of it) is replaced.
+
+    Returns [unit, pair].
+    """
     effects = np.zeros((len(units), len(pairs)))
     by_component: dict[str, list[int]] = {}
     for number, (label, _) in enumerate(units):
@@ -50,7 +53,11 @@ def ablation_effects(
             layer, head = parse_label(label)
             kind = "mlp" if head is None else "attention"
             change = runs.changes.mlp[layer] if head is None else runs.changes.head(language_model, layer, head)
-            found = runs.coordinate_effects(kind, layer, change, [units[number][1] for number in numbers])
+            coordinates = [units[number][1] for number in numbers]
+            if coordinates == [None]:
+                found = runs.effect(kind, layer, change)
+            else:
+                found = runs.coordinate_effects(kind, layer, change, coordinates)
             effects[np.ix_(numbers, batch.numbers)] = found.cpu().numpy()
 
     for_each_batch(pairs, batch_size, language_model, work)

@@ -88,7 +88,7 @@ class AttributionSettings:
 
 @dataclass
 class WriteTable:
-    """A number per coordinate of every write, float64.
+    """A number per coordinate of every write, float64; or one per whole write (width 1 in place of d_model).
 
     mlp: [layer, d_model]. heads: [layer, head, d_model] or None. embedding: [d_model].
     """
@@ -98,14 +98,14 @@ class WriteTable:
     embedding: torch.Tensor
 
     @classmethod
-    def filled(cls, value: float, n_layers: int, n_heads: int | None, d_model: int, device: torch.device) -> WriteTable:
+    def filled(cls, value: float, n_layers: int, n_heads: int | None, width: int, device: torch.device) -> WriteTable:
         """The same number everywhere; `n_heads` None leaves heads out."""
 
         def full(*shape: int) -> torch.Tensor:
             return torch.full(shape, value, dtype=torch.float64, device=device)
 
-        heads = full(n_layers, n_heads, d_model) if n_heads else None
-        return cls(full(n_layers, d_model), heads, full(d_model))
+        heads = full(n_layers, n_heads, width) if n_heads else None
+        return cls(full(n_layers, width), heads, full(width))
 
     def arrays(self, suffix: str = "") -> dict[str, np.ndarray]:
         """As numpy arrays, by name."""
@@ -116,24 +116,27 @@ class WriteTable:
 
 
 @dataclass
-class NeuronScores:
+class WriteScores:
     """Scores of every coordinate, summed over pairs: `signed` as they are, `magnitude` without their signs.
 
-    A coordinate that pushes half of the pairs up and half down has signed sum 0 and a large magnitude.
+    A coordinate that pushes half of the pairs up and half down has signed sum 0 and a large magnitude. With
+    `whole_writes` the unit is a component: coordinates are summed pair by pair, before signs are dropped.
     """
 
     signed: WriteTable
     magnitude: WriteTable
+    whole_writes: bool = False
     n_pairs: int = 0
 
     @classmethod
-    def empty(cls, language_model: LanguageModel, with_heads: bool) -> NeuronScores:
+    def empty(cls, language_model: LanguageModel, with_heads: bool, whole_writes: bool = False) -> WriteScores:
         """No pairs yet."""
         n_heads = language_model.n_heads if with_heads else None
-        shape = (language_model.n_layers, n_heads, language_model.d_model, language_model.device)
-        return cls(WriteTable.filled(0.0, *shape), WriteTable.filled(0.0, *shape))
+        width = 1 if whole_writes else language_model.d_model
+        shape = (language_model.n_layers, n_heads, width, language_model.device)
+        return cls(WriteTable.filled(0.0, *shape), WriteTable.filled(0.0, *shape), whole_writes)
 
-    def merge(self, other: NeuronScores) -> None:
+    def merge(self, other: WriteScores) -> None:
         """Add the scores of further pairs."""
         for own, new in ((self.signed, other.signed), (self.magnitude, other.magnitude)):
             own.mlp += new.mlp
@@ -144,18 +147,26 @@ class NeuronScores:
 
     def add_mlp(self, layer: int, values: torch.Tensor) -> None:
         """Add an MLP's scores of some pairs, [pair, d_model]."""
-        self.signed.mlp[layer] += values.double().sum(dim=0)
-        self.magnitude.mlp[layer] += values.double().abs().sum(dim=0)
+        values = self._units(values)
+        self.signed.mlp[layer] += values.sum(dim=0)
+        self.magnitude.mlp[layer] += values.abs().sum(dim=0)
 
     def add_heads(self, layer: int, values: torch.Tensor, heads: slice | int = slice(None)) -> None:
         """Add scores of some pairs for all heads of a layer [pair, head, d_model], or for one [pair, d_model]."""
-        self.signed.heads[layer, heads] += values.double().sum(dim=0)
-        self.magnitude.heads[layer, heads] += values.double().abs().sum(dim=0)
+        values = self._units(values)
+        self.signed.heads[layer, heads] += values.sum(dim=0)
+        self.magnitude.heads[layer, heads] += values.abs().sum(dim=0)
 
     def add_embedding(self, values: torch.Tensor) -> None:
         """Add the token embeddings' scores of some pairs, [pair, d_model]."""
-        self.signed.embedding += values.double().sum(dim=0)
-        self.magnitude.embedding += values.double().abs().sum(dim=0)
+        values = self._units(values)
+        self.signed.embedding += values.sum(dim=0)
+        self.magnitude.embedding += values.abs().sum(dim=0)
+
+    def _units(self, values: torch.Tensor) -> torch.Tensor:
+        """Scores of coordinates [..., d_model] (or of whole writes [..., 1]) as scores of units."""
+        values = values.double()
+        return values.sum(dim=-1, keepdim=True) if self.whole_writes else values
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The sums as stored on disk: `mlp`, `embedding`, `heads`, and the same with `_magnitude`."""

@@ -16,7 +16,7 @@ import torch
 
 from lib.artifacts import StageRecord, exclusive, read_json, read_npz, text_digest, write_json, write_npz
 from lib.cli import Report, UserError, rng
-from lib.eap.attribution import attribute_neurons, check_settings
+from lib.eap.attribution import attribute_writes, check_settings
 from lib.eap.circuits import Circuit, CircuitLevel, Layout, ScoreTable, choose_circuit
 from lib.eap.edges import attribute_edges
 from lib.eap.faithfulness import Keep, evaluate_circuit
@@ -320,7 +320,8 @@ class CircuitDiscovery:
         lm = self.space.language_model
         if self.level is CircuitLevel.EDGE:
             return attribute_edges(lm, pairs, self.settings, self.layout, **options).arrays()
-        return attribute_neurons(lm, pairs, self.settings, **options).arrays()
+        whole_writes = self.level is CircuitLevel.NODE
+        return attribute_writes(lm, pairs, self.settings, whole_writes=whole_writes, **options).arrays()
 
     def _equal_scores(self) -> dict[str, np.ndarray]:
         """Score 1 for everything: the explicitly asked-for fallback."""
@@ -328,7 +329,8 @@ class CircuitDiscovery:
         if self.level is CircuitLevel.EDGE:
             return {"edges": self.layout.edges().astype(float)}
         n_heads = lm.n_heads if self.settings.with_heads else None
-        return WriteTable.filled(1.0, lm.n_layers, n_heads, lm.d_model, torch.device("cpu")).arrays()
+        width = 1 if self.level is CircuitLevel.NODE else lm.d_model
+        return WriteTable.filled(1.0, lm.n_layers, n_heads, width, torch.device("cpu")).arrays()
 
     def _circuit(self, arrays: dict[str, Any]) -> Circuit:
         args = self.args
@@ -343,10 +345,9 @@ class CircuitDiscovery:
         )
 
     def _magnitudes(self, arrays: dict[str, Any]) -> ScoreTable | None:
-        """What neurons are ranked by; None if by score: because that was asked for, or there is nothing else."""
-        args = self.args
-        by_magnitude = args.rank_by == "magnitude" and args.absolute_value_attributions
-        if not by_magnitude or self.level is not CircuitLevel.NEURON or "mlp_magnitude" not in arrays:
+        """What units are ranked by; None if by score: because that was asked for, or there is nothing else."""
+        by_magnitude = self.args.rank_by == "magnitude" and self.args.absolute_value_attributions
+        if not by_magnitude or not any(name.endswith("_magnitude") for name in arrays):
             return None
         return ScoreTable.from_arrays(self.layout, arrays, "_magnitude")
 
@@ -356,11 +357,12 @@ class CircuitDiscovery:
         if not args.check_units or self.level is CircuitLevel.EDGE:
             return None
         table = self._magnitudes(arrays) or ScoreTable.from_arrays(self.layout, arrays)
-        is_row = self.layout.is_mlp() if args.mlp_neurons_only else np.arange(self.layout.n_rows) > 0
-        candidates = np.flatnonzero(np.repeat(is_row, self.layout.d_model))
+        candidates = np.flatnonzero(table.candidates(self.level, args.mlp_neurons_only))
         generator = rng(args.seed, "stage5", "order check", job.circuit_id)
         chosen = choose_units(table, candidates, args.check_units, generator)
-        units = [(self.layout.label(row), int(i)) for row, i in zip(*divmod(chosen, self.layout.d_model), strict=True)]
+        rows, places = divmod(chosen, table.values.shape[1])
+        is_node = self.level is CircuitLevel.NODE
+        units = [(self.layout.label(row), None if is_node else int(i)) for row, i in zip(rows, places, strict=True)]
         intervention = AttributionIntervention(args.eval_intervention)
         settings = replace(self.settings, intervention=intervention, metric=Metric.LOG_PROB)
         effects = ablation_effects(

@@ -189,6 +189,16 @@ def test_whole_components_as_units(world):
     assert len(meta["node_label_score"]) == 2
     for label, score in meta["node_label_score"].items():
         assert score == pytest.approx(sums[label], rel=1e-5)
+    magnitudes = list(meta["node_label_magnitude"].values())
+    assert meta["ranked_by"] == "magnitude" and magnitudes == sorted(magnitudes, reverse=True)
+
+
+def test_the_order_of_whole_components_is_checked_by_ablating_whole_components(world):
+    # The judge's own scores, under the ablation that judges: |score| and mean |effect| agree on every unit.
+    arguments = ["--method", "exact", "--intervention", "mean-positional", "--eval_intervention", "mean-positional"]
+    entry = run_elsewhere(world, "judge", "--circuit_level", "node", "--max_pairs_per_circuit", "8", *arguments)[0]
+    assert entry["order_check"]["n_units"] == 3
+    assert entry["order_check"]["spearman"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("method", ["EAP-IG-inputs", "information-flow-routes"])
@@ -199,6 +209,8 @@ def test_edges_as_units(world, method):
     entry = manifest_of(world / "edges")[0]
     assert len(entry["metadata_topn"]["edge_label_score"]) == 20
     assert all("->" in label for label in entry["metadata_topn"]["edge_label_score"])
+    magnitudes = list(entry["metadata_topn"]["edge_label_magnitude"].values())
+    assert magnitudes == sorted(magnitudes, reverse=True)
     assert entry["circuit_edges"]["circuit_edges"] == 20
     stored = read_npz(next((world / "edges" / "is_correct").glob("rule_0_*")) / "scores.npz", "scores")
     assert stored["edges"].shape == (1 + 3 * 5, 3 * 13 + 1)
@@ -263,7 +275,7 @@ def failing(*_, **__):
 def test_a_failed_attribution_fails_the_run(world, monkeypatch):
     import lib.stages.circuit_discovery as stage
 
-    monkeypatch.setattr(stage, "attribute_neurons", failing)
+    monkeypatch.setattr(stage, "attribute_writes", failing)
     arguments = [*stage_5_arguments(world), "--output_data_dir", str(world / "failing")]
     with pytest.raises(RuntimeError, match="no gradient today"):
         run_script(SCRIPT, arguments)
@@ -273,7 +285,7 @@ def test_a_failed_attribution_fails_the_run(world, monkeypatch):
 def test_full_network_only_when_asked_for(world, monkeypatch):
     import lib.stages.circuit_discovery as stage
 
-    monkeypatch.setattr(stage, "attribute_neurons", failing)
+    monkeypatch.setattr(stage, "attribute_writes", failing)
     entry = run_elsewhere(world, "fallback", "--fallback_to_full_network", "--circuit_size", "100000")[0]
     assert entry["status"] == "full_network_fallback"
     assert entry["metadata_topn"]["fallback_full_network"] is True

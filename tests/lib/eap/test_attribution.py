@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.cli import UserError
-from lib.eap.attribution import attribute_neurons
+from lib.eap.attribution import attribute_writes
 from lib.eap.metrics import Metric, TokenAggregation
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method
 from lib.interventions import Intervention, ReplacementTable
@@ -52,7 +52,7 @@ def test_input_path_methods_equal_naive_hooks(family, settings):
     lm = tiny_model(family)
     settings = dataclasses.replace(settings, with_heads=True)
     table = table_for(lm, settings)
-    scores = attribute_neurons(lm, mixed_pairs(lm), settings, batch_size=3, table=table)
+    scores = attribute_writes(lm, mixed_pairs(lm), settings, batch_size=3, table=table)
     mlp, heads, embedding = naive_scores(lm, mixed_pairs(lm), settings, table)
     assert_close(scores.signed.mlp, mlp)
     assert_close(scores.signed.heads, heads)
@@ -65,7 +65,7 @@ def test_each_component_on_its_own_path_equals_naive_edits(family, decode_only):
     lm = tiny_model(family)
     pairs = mixed_pairs(lm)[:2]
     settings = AttributionSettings(Method.EAP_IG_ACTIVATIONS, decode_only=decode_only, n_steps=2, with_heads=True)
-    scores = attribute_neurons(lm, pairs, settings, batch_size=8)
+    scores = attribute_writes(lm, pairs, settings, batch_size=8)
     mlp = torch.zeros(lm.n_layers, lm.d_model)
     heads = torch.zeros(lm.n_layers, lm.n_heads, lm.d_model)
     for pair in pairs:
@@ -92,7 +92,7 @@ def test_exact_effects_equal_replacing_one_coordinate(family, intervention):
     pairs = mixed_pairs(lm)[1:3]
     settings = AttributionSettings(Method.EXACT, intervention=intervention, with_heads=True)
     table = table_for(lm, settings)
-    scores = attribute_neurons(lm, pairs, settings, batch_size=2, table=table)
+    scores = attribute_writes(lm, pairs, settings, batch_size=2, table=table)
     layer, head, coordinate = 1, 2, 5
     mlp = heads = 0.0
     for pair in pairs:
@@ -111,13 +111,47 @@ def test_exact_effects_equal_replacing_one_coordinate(family, intervention):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_exact_effect_of_a_whole_write_is_not_the_sum_over_its_coordinates(family):
+    lm = tiny_model(family)
+    pairs = mixed_pairs(lm)[1:3]
+    settings = AttributionSettings(Method.EXACT, with_heads=True)
+    scores = attribute_writes(lm, pairs, settings, batch_size=2, whole_writes=True)
+    layer, head = 1, 2
+    mlp, heads = [], []
+    for pair in pairs:
+        naive = NaivePair(lm, pair, settings)
+        clean = naive.metric(naive.clean)
+        for kind, change, found in (
+            ("mlp", naive.mlp_change(layer), mlp),
+            ("attention", naive.head_change(layer, head), heads),
+        ):
+            found.append(float(naive.metric(NaiveRun(lm, naive.clean.embeddings, {(kind, layer): change})) - clean))
+    assert scores.signed.mlp.shape == (lm.n_layers, 1)
+    assert float(scores.signed.mlp[layer]) == pytest.approx(sum(mlp), rel=1e-4, abs=1e-5)
+    assert float(scores.signed.heads[layer, head]) == pytest.approx(sum(heads), rel=1e-4, abs=1e-5)
+    assert float(scores.magnitude.mlp[layer]) == pytest.approx(sum(map(abs, mlp)), rel=1e-4, abs=1e-5)
+    by_coordinate = attribute_writes(lm, pairs, AttributionSettings(Method.EXACT), batch_size=2).signed.mlp[layer]
+    assert float(by_coordinate.sum()) != pytest.approx(sum(mlp), rel=1e-2)
+
+
+@pytest.mark.parametrize("method", [Method.EAP_IG_INPUTS, Method.EAP_IG_ACTIVATIONS])
+def test_first_order_scores_of_whole_writes_are_sums_pair_by_pair(method):
+    lm = tiny_model("qwen2")
+    settings = AttributionSettings(method, with_heads=True)
+    whole = attribute_writes(lm, mixed_pairs(lm), settings, batch_size=4, whole_writes=True)
+    alone = [attribute_writes(lm, [pair], settings, batch_size=1).signed.mlp.sum(1) for pair in mixed_pairs(lm)]
+    assert_close(whole.signed.mlp[:, 0], sum(alone))
+    assert_close(whole.magnitude.mlp[:, 0], sum(values.abs() for values in alone))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("decode_only", [False, True])
 def test_input_scores_add_up_to_the_metric_change(family, decode_only):
     # Completeness of integrated gradients: the sum over input coordinates is the metric between the path's two ends.
     # (Random models curve wildly; with this seed 32 midpoints are enough on all four.)
     lm = tiny_model(family, seed=1)
     settings = AttributionSettings(decode_only=decode_only, n_steps=32)
-    scores = attribute_neurons(lm, equal_length_pairs(lm), settings, batch_size=4)
+    scores = attribute_writes(lm, equal_length_pairs(lm), settings, batch_size=4)
     expected = 0.0
     for pair in equal_length_pairs(lm):
         naive = NaivePair(lm, pair, settings)
@@ -134,8 +168,8 @@ def test_scores_do_not_depend_on_batches_order_or_padding(family, with_bos, meth
     lm = tiny_model(family, with_bos=with_bos)
     pairs = mixed_pairs(lm)
     settings = AttributionSettings(method, decode_only=decode_only, with_heads=True)
-    alone = attribute_neurons(lm, pairs, settings, batch_size=1)
-    together = attribute_neurons(lm, pairs[::-1], settings, batch_size=8)
+    alone = attribute_writes(lm, pairs, settings, batch_size=1)
+    together = attribute_writes(lm, pairs[::-1], settings, batch_size=8)
     assert_close(together.signed.mlp, alone.signed.mlp)
     assert_close(together.signed.heads, alone.signed.heads)
     assert_close(together.signed.embedding, alone.signed.embedding)
@@ -144,7 +178,7 @@ def test_scores_do_not_depend_on_batches_order_or_padding(family, with_bos, meth
 
 def test_heads_are_neither_scored_nor_computed_when_not_asked_for():
     lm = tiny_model("llama")
-    scores = attribute_neurons(lm, mixed_pairs(lm), AttributionSettings(), batch_size=2)
+    scores = attribute_writes(lm, mixed_pairs(lm), AttributionSettings(), batch_size=2)
     assert scores.signed.heads is None
     assert "heads" not in scores.arrays()
 
@@ -152,11 +186,11 @@ def test_heads_are_neither_scored_nor_computed_when_not_asked_for():
 def test_divergence_with_a_single_gradient_at_the_clean_input_is_refused():
     lm = tiny_model("llama")
     with pytest.raises(UserError, match="no gradient at the clean input"):
-        attribute_neurons(lm, mixed_pairs(lm), AttributionSettings(Method.EAP, Metric.KL), batch_size=1)
+        attribute_writes(lm, mixed_pairs(lm), AttributionSettings(Method.EAP, Metric.KL), batch_size=1)
 
 
 def test_no_hook_stays_behind():
     lm = tiny_model("qwen2")
-    attribute_neurons(lm, mixed_pairs(lm), AttributionSettings(with_heads=True), batch_size=2)
+    attribute_writes(lm, mixed_pairs(lm), AttributionSettings(with_heads=True), batch_size=2)
     hooks = [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.cli import UserError
-from lib.eap.attribution import attribute_neurons
+from lib.eap.attribution import attribute_writes
 from lib.eap.circuits import CircuitLevel, Layout, ScoreTable, choose_circuit
 from lib.eap.edge_faithfulness import EdgeEvaluation
 from lib.eap.edges import attribute_edges
@@ -115,7 +115,7 @@ def test_edges_of_a_source_add_up_to_its_node(family):
     for method in (Method.EAP, Method.EAP_IG_INPUTS):
         settings = AttributionSettings(method, Metric.LOGIT_DIFF, with_heads=True)
         edges = edges_of(lm, mixed_pairs(lm), settings)
-        nodes = ScoreTable.from_arrays(layout, attribute_neurons(lm, mixed_pairs(lm), settings, batch_size=4).arrays())
+        nodes = ScoreTable.from_arrays(layout, attribute_writes(lm, mixed_pairs(lm), settings, batch_size=4).arrays())
         np.testing.assert_allclose(edges.sum(axis=1), nodes.values.sum(axis=1), rtol=1e-3, atol=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_moving_one_component_scores_only_its_own_edges(family):
     layout = layout_of(lm)
     settings = AttributionSettings(Method.EAP_IG_ACTIVATIONS, with_heads=True, n_steps=2)
     edges = edges_of(lm, mixed_pairs(lm)[:2], settings)
-    nodes = ScoreTable.from_arrays(layout, attribute_neurons(lm, mixed_pairs(lm)[:2], settings, batch_size=4).arrays())
+    nodes = ScoreTable.from_arrays(layout, attribute_writes(lm, mixed_pairs(lm)[:2], settings, batch_size=4).arrays())
     np.testing.assert_allclose(edges.sum(axis=1), nodes.values.sum(axis=1), rtol=1e-3, atol=1e-3)
 
 
@@ -149,7 +149,7 @@ def test_flow_shares_of_each_reader_add_up_to_one():
 def test_flow_routes_of_neurons_are_refused():
     lm = tiny_model("llama")
     with pytest.raises(UserError, match="circuit_level edge"):
-        attribute_neurons(lm, mixed_pairs(lm), AttributionSettings(Method.INFORMATION_FLOW_ROUTES), batch_size=1)
+        attribute_writes(lm, mixed_pairs(lm), AttributionSettings(Method.INFORMATION_FLOW_ROUTES), batch_size=1)
 
 
 def evaluation(lm, pairs, intervention=PATCHING, decode_only=False):
