@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lib import pipeline
-from lib.artifacts import model_slug, write_json
+from lib.artifacts import model_slug, plain, write_json
 from lib.cli import Report, UserError, build_parser
 from lib.grid import Cell
 from lib.run_names import REGIMES, RunPaths
@@ -21,6 +22,7 @@ from lib.run_names import REGIMES, RunPaths
 REPOSITORY = Path(__file__).resolve().parent.parent
 MANIFEST = "rule_combo_metrics_manifest.json"
 RECORD = "run_metadata.json"
+_NOT_IN_RESULTS = ("force", "quiet", "dry_run")
 
 
 def no_reason() -> str | None:
@@ -84,13 +86,19 @@ def cell_paths(cell: Cell, extra: Sequence[str]) -> RunPaths:
 
 
 def cell_step(cell: Cell, extra: Sequence[str]) -> Step:
-    """The pipeline run of a cell; skipped when the same command was run here and nothing has changed since."""
-    command = ["bash", "_run_pipeline.sh", *cell.pipeline_arguments(extra)]
-    paths = cell_paths(cell, extra)
-    record = CellRecord(paths, command)
+    """The pipeline run of a cell; skipped when a run with these settings ended here and nothing has changed since."""
+    arguments = cell.pipeline_arguments(extra)
+    command = ["bash", "_run_pipeline.sh", *arguments]
+    record = CellRecord(cell_paths(cell, extra), command, _settings(arguments))
     if "--force" in extra:
         return Step(cell.title, command, finish=record.write)
     return Step(cell.title, command, record.skip_reason, record.write)
+
+
+def _settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a command line means, whatever its spelling: two scripts of the grid ask for the same run in other words."""
+    args = vars(parse_pipeline(arguments))
+    return plain({name: value for name, value in sorted(args.items()) if name not in _NOT_IN_RESULTS})
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class CellRecord:
 
     paths: RunPaths
     command: list[str]
+    settings: dict[str, Any]
 
     @property
     def path(self) -> Path:
@@ -113,13 +122,14 @@ class CellRecord:
             return f"archived results, left as they are (--force runs it again): {self.paths.stats_dir}"
         stored = _read(self.path)
         now = self._fingerprints()
-        if stored.get("command") == self.command and stored.get("fingerprints") == now and all(now.values()):
+        if stored.get("settings") == self.settings and stored.get("fingerprints") == now and all(now.values()):
             return f"finished: {self.paths.stats_dir}"
         return None
 
     def write(self) -> None:
         """Declare the cell finished."""
-        write_json(self.path, {"command": self.command, "fingerprints": self._fingerprints()})
+        content = {"command": self.command, "settings": self.settings, "fingerprints": self._fingerprints()}
+        write_json(self.path, content)
 
     def _fingerprints(self) -> dict[str, str | None]:
         paths = replace(self.paths, data_root=REPOSITORY / self.paths.data_root)

@@ -157,6 +157,21 @@ def test_a_finished_cell_is_skipped_until_something_changes(tmp_path):
     assert step.skip_reason() is None
 
 
+def test_a_cell_is_finished_for_every_script_of_the_grid(tmp_path):
+    # The sensitivity script asks for its main run with --circuit_size in another place than an extra flag has.
+    folders = ["--data_root", str(tmp_path / "data"), "--cache_root", str(tmp_path / "cache")]
+    by_flag = grid.Cell("arithmetic", "org/model", RunMode.SPECTRAL_PLAN), ["--circuit_size", "500", *folders]
+    by_size = grid.Cell("arithmetic", "org/model", RunMode.SPECTRAL_PLAN, circuit_size=500), [*folders, "--quiet"]
+    paths = grid_runner.cell_paths(*by_flag)
+    for folder in (paths.features_dir, paths.circuits_dir, *map(paths.regime_dir, REGIMES), paths.stats_dir):
+        folder.mkdir(parents=True)
+        (folder / "run_metadata.json").write_text(json.dumps({"fingerprint": folder.name}))
+    grid_runner.cell_step(*by_flag).finish()
+    assert grid_runner.cell_step(*by_size).skip_reason().startswith("finished")
+    other = grid.Cell("arithmetic", "org/model", RunMode.SPECTRAL_PLAN, circuit_size=500, min_flip_rate="0.3")
+    assert grid_runner.cell_step(other, folders).skip_reason() is None
+
+
 def test_archived_results_are_left_as_they_are(tmp_path):
     cell, extra, paths = finished_cell(tmp_path)
     (paths.stats_dir / "run_metadata.json").unlink()
