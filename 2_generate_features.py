@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of stage 2."""
     add_task_arguments(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--prompts_answers_pkl_file", "-i", required=True, help="cache of answers of stage 1")
+    files.add_argument("--prompts_answers_pkl_file", "-i", required=True,
+                       help="cache of answers of stage 1: the .pkl, or its copy in plain text (.jsonl)")
     files.add_argument("--features_scores_dir", "--out_dir", "-o", default="feature_report",
                        help="folder of the results")
     files.add_argument("--max_number_of_prompts_to_analyze", "--max_prompts", type=int, default=0,

@@ -163,6 +163,27 @@ def read_json(path: str | Path, what: str) -> Any:
         ) from None
 
 
+def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
+    """Write one strict JSON value per line, atomically."""
+    with atomic_write(path) as handle:
+        for record in records:
+            handle.write(json_text(record, indent=None) + "\n")
+
+
+def read_jsonl(path: str | Path, what: str) -> list[Any]:
+    """Read one JSON value per line. `what` names the file in error messages."""
+    path = Path(path)
+    try:
+        with open(path, encoding="utf-8", newline="\n") as handle:
+            return [json.loads(line) for line in handle]
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}; run the stage that writes it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{what} cannot be read: {path} ({error}); delete it and run the stage that writes it"
+        ) from None
+
+
 def write_csv(path: str | Path, frame: pd.DataFrame) -> None:
     """Write a table: no index, "\\n" line ends, floats with all their digits, atomically."""
     import csv

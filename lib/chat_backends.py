@@ -172,10 +172,14 @@ class _OpenAIProtocol(ChatBackend):
         self._key = api_key(self.key_name)
         if not self._key and not model.base_url:
             raise UserError(f"{model} needs a key: set {self.key_name} in the environment or in credentials.env")
+        from lib.http_deadline import deadline_hooks
+
         self._sdk, client_class = self._load_sdk()
         # Retries are ours: the SDK's own would multiply with them.
         options = {"base_url": model.base_url} if model.base_url else {}
-        self._client = client_class(api_key=self._key or "none", timeout=timeout, max_retries=0, **options)
+        http_client = self._sdk.DefaultHttpxClient(event_hooks=deadline_hooks(timeout))
+        self._client = client_class(api_key=self._key or "none", timeout=timeout, max_retries=0,
+                                    http_client=http_client, **options)
 
     @abstractmethod
     def _load_sdk(self) -> tuple[Any, Any]:
@@ -253,8 +257,11 @@ class OllamaBackend(ChatBackend):
         super().__init__(model, timeout)
         import ollama
 
+        from lib.http_deadline import deadline_hooks
+
         self._sdk = ollama
-        self._client = ollama.Client(host=model.base_url or None, timeout=timeout)
+        self._client = ollama.Client(host=model.base_url or None, timeout=timeout,
+                                     event_hooks=deadline_hooks(timeout))
 
     def complete(self, request: ChatRequest, options: ChatOptions) -> str:
         import httpx

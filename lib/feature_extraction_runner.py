@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.artifacts import StageRecord, read_pickle
+from lib.artifacts import StageRecord
 from lib.cli import Report, UserError, rng
 from lib.feature_files import FeatureTable, write_outputs
 from lib.feature_filters import FeatureMetrics, FilterOptions, feature_metrics, filter_features
@@ -24,7 +24,7 @@ from lib.feature_rows import OWN_COLUMNS, group_keys, label_codes, prepare_rows
 from lib.feature_sandbox import FeatureSandbox, SandboxChain, with_fallback
 from lib.feature_scoring import N_TRIED_ROWS, ScoredFeatures, sandbox_rows, score_proposals, score_seeds
 from lib.feature_split import Split, split_rows
-from lib.stages.behaviour import recorded_task
+from lib.stages.behaviour import CACHE, read_dataset, recorded_task
 from lib.task_spec import FeatureTaskSpec, write_task_settings
 
 STAGE = "2_generate_features"
@@ -36,14 +36,13 @@ def run_stage_2(args: argparse.Namespace, report: Report) -> None:
     folder, cache_path = Path(args.features_scores_dir), Path(args.prompts_answers_pkl_file)
     task = recorded_task(args.task_module, cache_path)
     options = filter_options(args)
-    record = StageRecord(STAGE, _settings(args, task, options), {"cache of answers (stage 1)": cache_path},
+    record = StageRecord(STAGE, _settings(args, task, options), {CACHE: cache_path},
                          folder / "run_metadata.json")
     if record.is_complete() and not args.force:
         report.line(f"stage 2 is up to date: {folder}")
         _tell(record.summary(), report)
         return
-    cache = read_pickle(cache_path, "cache of answers (stage 1)")
-    frame = prepare_rows(task.dataset_from_cache(cache), task, args.max_number_of_prompts_to_analyze, args.seed)
+    frame = prepare_rows(read_dataset(cache_path, task), task, args.max_number_of_prompts_to_analyze, args.seed)
     scored = score_seeds(frame, task, report)
     split = split_rows(scored.values, label_codes(frame, task), group_keys(frame, task), args.seed)
     proposals = Proposals()

@@ -74,6 +74,23 @@ def slow(seconds: float) -> Reply:
     return reply
 
 
+def dripping(seconds: float) -> Reply:
+    """Sends a byte every now and then: none is late, and the whole never comes."""
+
+    def reply(handler, request):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.1)
+
+    return reply
+
+
 class ScriptedServer:
     """Gives each request the next reply; the last one is repeated. Requests are kept."""
 

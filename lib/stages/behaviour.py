@@ -17,25 +17,67 @@ from lib.artifacts import (
     json_text,
     plain,
     read_json,
+    read_jsonl,
     read_pickle,
     write_json,
+    write_jsonl,
     write_pickle,
 )
 from lib.cli import Report, UserError
 from lib.task_spec import FeatureTaskSpec, resolve_task_spec
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lib.modeling_and_ablation import LanguageModel
 
 STAGE = "1_generate_prompts_and_answers"
 STATISTICS_FILE = "dataset_stats.json"
 PROMPTS_PER_SHARD = 256
+CACHE = "cache of answers (stage 1)"
+PLAIN_SUFFIX = ".jsonl"
+ROWS_PER_BLOCK = 10_000
 
 
 def answers_record_path(cache_path: str | Path) -> Path:
     """Where the record of a cache of answers is: beside it."""
     cache_path = Path(cache_path)
     return cache_path.with_name(f"{cache_path.stem}.run_metadata.json")
+
+
+def write_answers(cache_path: Path, cache: Any, task: FeatureTaskSpec) -> list[Path]:
+    """Write the cache in the published form, and beside it as plain text: a JSON object per datapoint. The paths."""
+    write_pickle(cache_path, cache)
+    plain_path = cache_path.with_suffix(PLAIN_SUFFIX)
+    # Each datapoint has the columns of the table, so that whoever reads it needs neither this code nor a pickle.
+    frame = task.dataset_from_cache(cache)
+    blocks = (frame.iloc[start:start + ROWS_PER_BLOCK].astype(object) for start in range(0, len(frame), ROWS_PER_BLOCK))
+    write_jsonl(plain_path, (record for block in blocks
+                             for record in block.where(block.notna(), None).to_dict("records")))
+    return [cache_path, plain_path]
+
+
+def read_dataset(cache_path: Path, task: FeatureTaskSpec) -> pd.DataFrame:
+    """The datapoints of a cache of answers: a pickle, or its plain copy (`.jsonl`).
+
+    Raises:
+        UserError: it cannot be read, is unsafe, or belongs to another task.
+    """
+    import pandas as pd
+
+    if cache_path.suffix != PLAIN_SUFFIX:
+        return task.dataset_from_cache(read_pickle(cache_path, CACHE))
+    records = read_jsonl(cache_path, CACHE)
+    names = {task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, *task.DEFAULT_TARGETS}
+    if not records or not all(isinstance(record, dict) and names <= set(record) for record in records):
+        raise UserError(f"{cache_path} is not a cache of answers of the task {task.NAME}: each line needs "
+                        f"{', '.join(sorted(names))}")
+    frame = pd.DataFrame(records)
+    for target in task.DEFAULT_TARGETS:
+        if not frame[target].map(lambda label: label is None or isinstance(label, bool)).all():
+            raise UserError(f"{cache_path}: the label {target} must be true, false or null")
+        frame[target] = frame[target].astype("boolean" if frame[target].isna().any() else bool)
+    return frame
 
 
 def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:
@@ -75,6 +117,9 @@ class BehaviourCache:
         task = resolve_task_spec(args.task_module)
         task = task.configured(task.Settings.from_arguments(args))
         path = Path(args.prompts_answers_pkl_file)
+        if path.suffix == PLAIN_SUFFIX:
+            raise UserError(f"--prompts_answers_pkl_file {path}: stage 1 writes a pickle; name it .pkl, and a copy in "
+                            f"plain text appears beside it as {PLAIN_SUFFIX}")
         settings = {"task_module": args.task_module, "task_settings": task.settings.identity(),
                     "model": model_identity(args.ai_model), "dtype": args.dtype, "decoding": "greedy",
                     "seed": args.seed if task.depends_on_seed else None}
@@ -122,9 +167,9 @@ class BehaviourCache:
         with exclusive(self.path.parent):
             answers = answer_in_shards([example[self.task.DEFAULT_INPUT] for example in examples], load_model,
                                        self.task.MAX_NEW_TOKENS, batch_size, self.parts_dir, report)
-            write_pickle(self.path, self.task.cache_from_answers(examples, answers))
+            outputs = write_answers(self.path, self.task.cache_from_answers(examples, answers), self.task)
             summary = {"n_prompts": len(examples), "task_settings": self.task.settings.to_json()}
-            self.record.finish([self.path], started=started, summary=summary)
+            self.record.finish(outputs, started=started, summary=summary)
             shutil.rmtree(self.parts_dir.parent)
 
     def mend_labels(self, report: Report) -> None:
@@ -132,17 +177,16 @@ class BehaviourCache:
         if self.record.stored() is None:
             return
         started = time.time()
-        mended = self.task.mend_labels(read_pickle(self.path, "cache of answers (stage 1)"))
+        mended = self.task.mend_labels(read_pickle(self.path, CACHE))
         if mended is not None:
             with exclusive(self.path.parent):
-                write_pickle(self.path, mended)
-                self.record.finish([self.path], started=started, summary=self.record.summary())
+                outputs = write_answers(self.path, mended, self.task)
+                self.record.finish(outputs, started=started, summary=self.record.summary())
             report.line("labels that were missing have been added")
 
     def statistics(self) -> dict[str, Any]:
         """The task's statistics of the labelled answers."""
-        cache = read_pickle(self.path, "cache of answers (stage 1)")
-        return plain(self.task.get_basic_statistics(self.task.dataset_from_cache(cache)))
+        return plain(self.task.get_basic_statistics(read_dataset(self.path, self.task)))
 
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

@@ -248,6 +248,9 @@ def test_stages_1_and_2_offline(prompts_file, tmp_path, capsys):
     assert run_script("1_generate_prompts_and_answers", stage_1) == 0
     assert "dry run" in capsys.readouterr().out
     assert run_script("2_generate_features", [*module, "--no_llm", "--no_plots", "-i", answers, "-o", report]) == 0
+    plain = ["-i", answers.with_suffix(".jsonl"), "-o", tmp_path / "plain"]
+    assert run_script("2_generate_features", [*module, "--no_llm", "--no_plots", *plain]) == 0
+    assert (tmp_path / "plain/scores.csv").read_bytes() == (report / "scores.csv").read_bytes()
     mine = resolve_task_spec("lib.tasks.bon_jailbreaking_task", report)
     assert mine.settings.judge == "refusal"
     table = load_scores(report, mine)
@@ -284,15 +287,22 @@ def test_labels_that_failed_are_added_by_a_later_run(prompts_file, tmp_path, mon
         assert run_script("1_generate_prompts_and_answers", stage_1) == 0
         unknown = BonTask().dataset_from_cache(load_pickle(answers))["is_jailbroken"].isna().sum()
         assert unknown > 0
+        assert plain_labels(answers).count(None) == unknown
         server.replies = [text("Yes")]
         before = answers.read_bytes()
         assert run_script("1_generate_prompts_and_answers", stage_1) == 0
         assert answers.read_bytes() != before
         labels = BonTask().dataset_from_cache(load_pickle(answers))["is_jailbroken"]
         assert labels.notna().all() and labels.sum() == unknown
+        assert plain_labels(answers) == labels.tolist()
         n_calls = len(server.requests)
         assert run_script("1_generate_prompts_and_answers", stage_1) == 0
         assert len(server.requests) == n_calls
+
+
+def plain_labels(answers):
+    lines = answers.with_suffix(".jsonl").read_text().splitlines()
+    return [json.loads(line)["is_jailbroken"] for line in lines]
 
 
 def load_pickle(path):

@@ -189,6 +189,9 @@ def test_stages_1_and_2_on_a_table(tmp_path):
     stage_1 = [*module, *flags, "--ai_model", tmp_path / "tiny", "--prompts_answers_pkl_file", answers]
     assert run_script("1_generate_prompts_and_answers", stage_1) == 0
     assert run_script("2_generate_features", [*module, "--no_llm", "-i", answers, "-o", tmp_path / "report"]) == 0
+    plain = ["--no_plots", "-i", answers.with_suffix(".jsonl"), "-o", tmp_path / "plain"]
+    assert run_script("2_generate_features", [*module, "--no_llm", *plain]) == 0
+    assert (tmp_path / "plain/scores.csv").read_bytes() == (tmp_path / "report/scores.csv").read_bytes()
     mine = resolve_task_spec("lib.tasks.table_task", tmp_path / "report")
     table = load_scores(tmp_path / "report", mine)
     assert mine.settings.match is Match.LABEL

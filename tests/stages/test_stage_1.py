@@ -60,6 +60,7 @@ def test_writes_the_cache_its_record_and_statistics(run, tmp_path, capsys):
     assert f'"accuracy": {statistics["accuracy"]}' in capsys.readouterr().out
     record = json.loads((tmp_path / "cache/llm_io_data.run_metadata.json").read_text())
     assert record["settings"]["task_settings"]["few_shot"] == 2
+    assert set(record["outputs"]) == {"llm_io_data.pkl", "llm_io_data.jsonl"}
     assert not (tmp_path / "cache/llm_io_data.parts").exists()
 
 
@@ -160,6 +161,22 @@ def test_user_mistakes_are_one_line(run, capsys):
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1
+
+
+def test_a_copy_in_plain_text_stands_for_the_pickle(run, tmp_path, capsys):
+    run()
+    folder = tmp_path / "cache"
+    lines = [json.loads(line) for line in (folder / "llm_io_data.jsonl").read_text().splitlines()]
+    assert len(lines) == 91
+    assert lines[0]["prompt"] == "2+3=5; 9-2=7; 0+0="
+    assert all(isinstance(line["is_correct"], bool) for line in lines)
+    for name in ("pkl", "jsonl"):
+        arguments = ["-i", folder / f"llm_io_data.{name}", "-o", tmp_path / name, "--no_llm", "--no_plots", "--quiet"]
+        assert run_script("2_generate_features", arguments) == 0
+    for name in ("scores.csv", "features.json", "feature_metrics.csv", "task_settings.json"):
+        assert (tmp_path / "pkl" / name).read_bytes() == (tmp_path / "jsonl" / name).read_bytes()
+    assert run("--prompts_answers_pkl_file", str(folder / "llm_io_data.jsonl")) == 2
+    assert "name it .pkl" in capsys.readouterr().err
 
 
 def test_help_lists_the_flags_of_the_named_task(capsys):

@@ -179,3 +179,14 @@ def test_unusable_caches_are_one_line(content, tmp_path, capsys):
     assert run(path, tmp_path / "report") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert run(tmp_path / "absent.pkl", tmp_path / "report") == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", '{"prompt": ""}\n', '{"prompt": "", "raw_output": "", "is_correct": "y", "is_pure": true}\n', "[1]\n"],
+)
+def test_unusable_plain_caches_are_one_line(content, tmp_path, capsys):
+    path = tmp_path / "llm_io_data.jsonl"
+    path.write_text(content)
+    assert run(path, tmp_path / "report") == 2
+    assert capsys.readouterr().err.count("\n") == 1
