@@ -55,25 +55,30 @@ def import_xgboost() -> object:
     return xgboost
 
 
+def tree_matrix(
+    table: RankedTable, y: np.ndarray, weight: np.ndarray | None = None, n_jobs: int = 1
+) -> xgboost.QuantileDMatrix:
+    """The binned table with its target y [row], for any number of fits."""
+    return import_xgboost().QuantileDMatrix(
+        table.ranks.T.astype(np.float32), y, weight=weight, max_bin=N_BINS, nthread=n_jobs
+    )
+
+
 def fit_trees(
-    table: RankedTable,
-    y: np.ndarray,
+    matrix: xgboost.QuantileDMatrix,
     settings: TreeSettings,
     seed: int,
     *,
-    weight: np.ndarray | None = None,
     importance: np.ndarray | None = None,
     logistic: bool = True,
 ) -> xgboost.Booster:
-    """Boosted trees for y [row].
+    """Boosted trees for the matrix's target.
 
-    importance: [feature]; features are tried with probability proportional to it, as RuleSHAP asks.
+    importance: [feature]; features are tried with probability proportional to it, as RuleSHAP asks. It stays with the
+    matrix: fits without it come first.
     """
-    xgb = import_xgboost()
-    options = {"feature_weights": importance} if importance is not None else {}
-    matrix = xgb.QuantileDMatrix(
-        table.ranks.T.astype(np.float32), y, weight=weight, max_bin=N_BINS, nthread=settings.n_jobs, **options
-    )
+    if importance is not None:
+        matrix.set_info(feature_weights=importance)
     parameters = {
         "objective": "binary:logistic" if logistic else "reg:squarederror",
         "tree_method": "hist",
@@ -81,14 +86,14 @@ def fit_trees(
         "max_depth": settings.max_depth,
         "eta": settings.learning_rate,
         "subsample": settings.subsample,
-        "colsample_bynode": max(settings.share_of_features, 1 / table.n_features),
+        "colsample_bynode": max(settings.share_of_features, 1 / matrix.num_col()),
         "min_child_weight": 1.0 if logistic else 2.0,
         "lambda": 1.0,
         "nthread": settings.n_jobs,
         "seed": seed,
         "verbosity": 0,
     }
-    return xgb.train(parameters, matrix, settings.n_estimators)
+    return import_xgboost().train(parameters, matrix, settings.n_estimators)
 
 
 def tree_nodes(booster: xgboost.Booster) -> list[TreeNodes]:

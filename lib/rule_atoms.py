@@ -6,7 +6,7 @@ when a rule is written down: the midpoint between the two neighbouring seen valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from lib.rule_masks import pack
 from lib.text_and_rules import Condition, Conjunction, Rule
+
+_BLOCK_CELLS = 1 << 22
 
 
 class Atom(NamedTuple):
@@ -102,6 +104,22 @@ class RankedTable:
         if packed is None:
             packed = self._bits[atom] = pack(self.mask(atom))
         return packed
+
+    def many_bits(self, atoms: Sequence[Atom]) -> np.ndarray:
+        """The same for several comparisons, [atom, word]: all new cuts of a feature in one go."""
+        new: dict[int, list[Atom]] = {}
+        for atom in atoms:
+            if atom not in self._bits:
+                new.setdefault(atom.feature, []).append(atom)
+        for feature, held in new.items():
+            for start in range(0, len(held), step := max(1, _BLOCK_CELLS // max(1, self.n_rows))):
+                part = held[start : start + step]
+                masks = self.ranks[feature] > np.array([atom.cut for atom in part])[:, None]
+                masks ^= ~np.array([atom.above for atom in part])[:, None]
+                self._bits.update(zip(part, pack(masks), strict=True))
+        if not len(atoms):
+            return pack(np.zeros((0, self.n_rows), dtype=bool))
+        return np.stack([self._bits[atom] for atom in atoms])
 
     def literal_bits(self, literal: Literal, all_bits: np.ndarray) -> np.ndarray:
         """Rows of a literal, packed [word]; `all_bits` has a 1 for each row."""

@@ -1,19 +1,15 @@
-"""Candidate literals: the conjunctions along the paths of boosted trees, shortened, scored, deduplicated, screened."""
+"""Candidate literals: conjunctions of tree paths and of surprising pairs, scored, deduplicated, screened."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib.data_model_for_shap import TreeNodes
 from lib.rule_atoms import Atom, Literal, RankedTable, RuleSet, merged_atoms, quantile_cuts
-from lib.rule_masks import TargetRows, row_hashes, unpack
-
-_BLOCK = 4096
+from lib.rule_conjunctions import Conjunctions, count_rows
+from lib.rule_masks import TargetRows, unpack
 
 
 @dataclass(frozen=True)
@@ -53,37 +49,6 @@ def _shape(literal: Literal) -> object:
     return literal.negated, tuple(atom[:2] for atom in literal.atoms)
 
 
-def path_conjunctions(trees: Iterable[TreeNodes], max_conditions: int) -> dict[tuple[Atom, ...], tuple[float, float]]:
-    """Conjunctions of up to `max_conditions` atoms from every path of every tree, leaves and inner nodes alike.
-
-    A path contributes each subset of its conditions, so what a tree had to split on first does not have to stay. Maps
-    atoms to (sum, maximum) of their split gains, first occurrence.
-    """
-    found: dict[tuple[Atom, ...], tuple[float, float]] = {}
-    for tree in trees:
-        for path in _paths(tree):
-            *before, last = path
-            for size in range(min(len(before), max_conditions - 1) + 1):
-                for chosen in itertools.combinations(before, size):
-                    atoms = merged_atoms([atom for atom, _ in (*chosen, last)])
-                    gains = [gain for _, gain in (*chosen, last)]
-                    found.setdefault(atoms, (sum(gains), max(gains)))
-    return found
-
-
-def _paths(tree: TreeNodes) -> Iterator[list[tuple[Atom, float]]]:
-    """The path to every node but the root, as (atom, gain of the split) pairs."""
-    stack: list[tuple[int, list[tuple[Atom, float]]]] = [(0, [])]
-    while stack:
-        node, path = stack.pop()
-        if path:
-            yield path
-        if tree.left[node] >= 0:
-            feature, cut, gain = int(tree.feature[node]), int(tree.cut[node]), float(tree.gain[node])
-            stack.append((int(tree.right[node]), [*path, (Atom(feature, True, cut), gain)]))
-            stack.append((int(tree.left[node]), [*path, (Atom(feature, False, cut), gain)]))
-
-
 def pair_conjunctions(table: RankedTable, target: TargetRows, *, n_cuts: int, n_best: int) -> list[tuple[Atom, ...]]:
     """Pairs of cuts on two features that say most together beyond what each says alone.
 
@@ -107,7 +72,11 @@ def pair_conjunctions(table: RankedTable, target: TargetRows, *, n_cuts: int, n_
     surprise = np.abs(joint) / np.outer(spread, spread)
     owner = np.array([atom.feature for atom in atoms])
     surprise[owner[:, None] >= owner[None, :]] = 0.0
-    order = np.argsort(-surprise, axis=None, kind="stable")[:n_best]
+    flat = surprise.ravel()
+    # Ties at the last place go to the first in order, as a whole stable sort would have it.
+    least = np.partition(flat, -n_best)[-n_best] if len(flat) > n_best else 0.0
+    among = np.flatnonzero(flat >= least)
+    order = among[np.argsort(-flat[among], kind="stable")][:n_best]
     pairs = []
     for first, second in zip(*np.unravel_index(order, surprise.shape), strict=True):
         if surprise[first, second] > 0:
@@ -119,7 +88,7 @@ def pair_conjunctions(table: RankedTable, target: TargetRows, *, n_cuts: int, n_
 
 
 def scored_candidates(
-    conjunctions: dict[tuple[Atom, ...], tuple[float, float]],
+    conjunctions: Conjunctions,
     table: RankedTable,
     target: TargetRows,
     *,
@@ -131,8 +100,7 @@ def scored_candidates(
     A conjunction that speaks against it becomes its negation. Literals that cover fewer than `min_rows` rows, or all
     but fewer, are dropped. Of literals with the same rows the shortest stays, then the first in atom order.
     """
-    ordered = sorted(conjunctions, key=lambda atoms: (len(atoms), atoms))
-    n_true, n_fire, hashes = _count_all(ordered, table, target)
+    n_true, n_fire, hashes = count_rows(conjunctions.keys, table, target)
     usable = np.flatnonzero((n_fire >= min_rows) & (n_fire <= target.total - min_rows))
     _, first = np.unique(hashes[usable], return_index=True)
     usable = usable[np.sort(first)]
@@ -141,41 +109,16 @@ def scored_candidates(
     index, negated = usable[best], score[best] < 0
     # A single negated condition is simply the opposite condition.
     literals = [
-        _opposite(ordered[i]) if against else Literal(ordered[i]) for i, against in zip(index, negated, strict=True)
+        _opposite(conjunctions.atoms(i)) if against else Literal(conjunctions.atoms(i))
+        for i, against in zip(index, negated, strict=True)
     ]
-    gains = np.array([conjunctions[ordered[i]] for i in index]).reshape(-1, 2)
-    return CandidateTable(literals, gains[:, 0], gains[:, 1], np.zeros(len(index)))
+    return CandidateTable(literals, conjunctions.gain_sum[index], conjunctions.gain_max[index], np.zeros(len(index)))
 
 
 def _opposite(atoms: tuple[Atom, ...]) -> Literal:
     if len(atoms) == 1:
         return Literal((atoms[0]._replace(above=not atoms[0].above),))
     return Literal(atoms, negated=True)
-
-
-def _count_all(
-    ordered: list[tuple[Atom, ...]], table: RankedTable, target: TargetRows
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(positives covered, rows covered, row hash) of conjunctions, in blocks; a complement has the same hash."""
-    position: dict[Atom, int] = {}
-    for atoms in ordered:
-        for atom in atoms:
-            position.setdefault(atom, len(position))
-    bits = np.stack([table.bits(atom) for atom in position] + [target.all_bits])
-    longest = max(map(len, ordered), default=1)
-    members = np.full((len(ordered), longest), len(position))
-    for row, atoms in enumerate(ordered):
-        members[row, : len(atoms)] = [position[atom] for atom in atoms]
-    n_true, n_fire, hashes = np.zeros(len(ordered)), np.zeros(len(ordered)), np.zeros(len(ordered), dtype=np.uint64)
-    block = max(1, min(_BLOCK, (1 << 22) // max(1, bits.shape[1])))
-    for start in range(0, len(ordered), block):
-        rows = slice(start, start + block)
-        packed = bits[members[rows, 0]]
-        for column in range(1, longest):
-            packed &= bits[members[rows, column]]
-        n_true[rows], n_fire[rows] = target.counts(packed)
-        hashes[rows] = np.minimum(row_hashes(packed), row_hashes(target.all_bits & ~packed))
-    return n_true, n_fire, hashes
 
 
 def l1_coefficients(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.cli import derived_seed, rng
-from lib.data_model_for_shap import fit_trees
+from lib.data_model_for_shap import fit_trees, tree_matrix
 from lib.rule_atoms import RuleSet
 from lib.rule_induction import InductionSettings, Sample, explain, induce, stratified_rows
 from lib.rule_masks import TargetRows
@@ -92,7 +92,9 @@ def permutation_null(
         found = induce(shuffled, settings, derived_seed(seed, "null fit"))
         if found.shap is not None:
             return found.path.monotone()[cost][0], found.shap.upper_importance_bound
-        booster = fit_trees(shuffled.table, shuffled.y, settings.trees, derived_seed(seed, "null trees"))
+        booster = fit_trees(
+            tree_matrix(shuffled.table, shuffled.y), settings.trees, derived_seed(seed, "null trees")
+        )
         return found.path.monotone()[cost][0], explain(booster, shuffled, settings, seed).upper_importance_bound
 
     real = sample.target.positive

@@ -8,15 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lib.cli import derived_seed, rng
-from lib.data_model_for_shap import Explanation, TreeSettings, fit_trees, shap_values, tree_nodes
+from lib.data_model_for_shap import Explanation, TreeSettings, fit_trees, shap_values, tree_matrix, tree_nodes
 from lib.rule_atoms import Literal, RankedTable, RuleSet
-from lib.rule_candidates import (
-    CandidateTable,
-    l1_coefficients,
-    pair_conjunctions,
-    path_conjunctions,
-    scored_candidates,
-)
+from lib.rule_candidates import CandidateTable, l1_coefficients, pair_conjunctions, scored_candidates
+from lib.rule_conjunctions import path_conjunctions
 from lib.rule_masks import TargetRows
 from lib.rule_search import RulePath, RuleSearch, SearchLimits
 from lib.rule_selection import SizeChoice, choose_size, out_of_fold, stratified_folds
@@ -34,6 +29,7 @@ class InductionSettings:
     fast_shap: bool = False
     explain: bool = False
     shap_rows: int = 2000
+    fold_shap_rows: int = 500
     min_coverage: float = 0.002
     n_candidates: int = 1000
     n_screened: int = 250
@@ -99,18 +95,21 @@ def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
     """Grow trees, weigh features, gather candidates, search. Deterministic for a seed."""
     if sample.is_constant or all(len(values) < 2 for values in sample.table.values):
         return Induction(RulePath(settings.limits.max_cost), CandidateTable([], *(np.zeros(0) for _ in range(3))), None)
-    booster = _trees(sample, settings, derived_seed(seed, "trees"), None)
+    matrix = tree_matrix(sample.table, sample.y, sample.target.weight, settings.trees.n_jobs)
+    booster = fit_trees(matrix, settings.trees, derived_seed(seed, "trees"), logistic=sample.logistic)
     boosters, shap = [booster], None
     if settings.needs_shap:
         shap = explain(booster, sample, settings, seed)
     if settings.use_shap_in_xgb:
-        boosters.insert(0, _trees(sample, settings, derived_seed(seed, "biased trees"), shap.weights))
+        biased = derived_seed(seed, "biased trees")
+        boosters.insert(
+            0, fit_trees(matrix, settings.trees, biased, importance=shap.weights, logistic=sample.logistic)
+        )
     conjunctions = path_conjunctions(
         [tree for model in boosters for tree in tree_nodes(model)], settings.limits.max_conditions
     )
     if settings.limits.max_conditions > 1:
-        for atoms in pair_conjunctions(sample.table, sample.target, n_cuts=3, n_best=20):
-            conjunctions.setdefault(atoms, (0.0, 0.0))
+        conjunctions = conjunctions.including(pair_conjunctions(sample.table, sample.target, n_cuts=3, n_best=20))
     candidates = scored_candidates(
         conjunctions,
         sample.table,
@@ -129,18 +128,6 @@ def induce(sample: Sample, settings: InductionSettings, seed: int) -> Induction:
     candidates = replace(candidates, coefficient=coefficient)
     search = RuleSearch(sample.table, sample.target, settings.limits)
     return Induction(search.path(_pool(candidates, settings)), candidates, shap)
-
-
-def _trees(sample: Sample, settings: InductionSettings, seed: int, importance: np.ndarray | None) -> object:
-    return fit_trees(
-        sample.table,
-        sample.y,
-        settings.trees,
-        seed,
-        weight=sample.target.weight,
-        importance=importance,
-        logistic=sample.logistic,
-    )
 
 
 def explain(booster: object, sample: Sample, settings: InductionSettings, seed: int) -> Explanation:
@@ -182,6 +169,8 @@ def validate(
     if smallest < 2:
         return None
     n_costs = settings.limits.max_cost + 1
+    # Explaining rows is the dearest part of a fit; weights need fewer of them than a figure.
+    settings = replace(settings, shap_rows=min(settings.shap_rows, settings.fold_shap_rows))
 
     def fit_path(rows: np.ndarray) -> list[RuleSet]:
         found = induce(sample.rows(rows), settings, derived_seed(seed, "inner fold"))

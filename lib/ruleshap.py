@@ -19,6 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, chec
 from lib.data_model_for_shap import Explanation, TreeSettings
 from lib.rule_atoms import Literal
 from lib.rule_candidates import CandidateTable
+from lib.rule_conjunctions import literal_counts, rarest_condition
 from lib.rule_induction import Induction, InductionSettings, Sample, induce, stratified_rows, validate
 from lib.rule_metrics import RuleScores
 from lib.rule_search import RuleSearch, SearchLimits
@@ -343,8 +344,9 @@ def _rule_table(candidates: CandidateTable, sample: Sample, shap: Explanation | 
     """Candidates with their counts on all rows, best MCC first; ties: shorter, then text."""
     table, target = sample.table, sample.target
     conjunctions = [table.conjunction(literal) for literal in candidates.literals]
-    counts = [target.counts(table.literal_bits(literal, target.all_bits)) for literal in candidates.literals]
-    n_true, n_fire = np.array(counts, dtype=float if target.weight is not None else int).reshape(-1, 2).T
+    n_true, n_fire = literal_counts(candidates.literals, table, target)
+    if target.weight is None:
+        n_true, n_fire = n_true.astype(int), n_fire.astype(int)
     positives, negatives = (
         n_true.dtype.type(total) for total in (target.total_positive, target.total - target.total_positive)
     )
@@ -357,13 +359,9 @@ def _rule_table(candidates: CandidateTable, sample: Sample, shap: Explanation | 
         dtype=int,
     )
     features = [sorted({atom.feature for atom in literal.atoms}) for literal in candidates.literals]
-    importance = np.array([shap.weights[members].mean() if shap is not None else 0.0 for members in features])
-    alone = np.array(
-        [
-            min(float(target.counts(table.bits(atom))[1]) for atom in literal.atoms) / target.total
-            for literal in candidates.literals
-        ]
-    )
+    weights = np.zeros(table.n_features) if shap is None else shap.weights
+    importance = np.array([weights[members].mean() for members in features])
+    alone = rarest_condition(candidates.literals, table, target)
     return RuleTable(
         [conjunctions[i] for i in order],
         RuleScores(*(field[order] for field in scores)),

@@ -15,7 +15,7 @@ NAMES = ("a", "b", "c")
 @pytest.mark.parametrize("baseline", list(Baseline))
 def test_baseline_learns_a_threshold(baseline):
     random = np.random.default_rng(0)
-    features, fresh = random.random((2, 150, 3))
+    features, fresh = random.random((2, 60, 3))
     fitted = fit_baseline(baseline, LabelledRows(features, NAMES, features[:, 1] > 0.6), 0)
     assert rule_scores(fitted.predict(fresh), fresh[:, 1] > 0.6).mcc > 0.8
     assert fitted.n_rules >= 1

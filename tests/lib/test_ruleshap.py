@@ -11,9 +11,10 @@ import pytest
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from lib.data_model_for_shap import TreeSettings, fit_trees, shap_values, tree_nodes
+from lib.data_model_for_shap import TreeNodes, TreeSettings, fit_trees, shap_values, tree_matrix, tree_nodes
 from lib.rule_atoms import Atom, Literal, RankedTable, merged_atoms, quantile_cuts
-from lib.rule_candidates import pair_conjunctions, path_conjunctions, scored_candidates
+from lib.rule_candidates import pair_conjunctions, scored_candidates
+from lib.rule_conjunctions import Conjunctions, literal_counts, path_conjunctions
 from lib.rule_controls import fake_target, permutation_null, stability
 from lib.rule_induction import Sample, distinct_rows, stratified_rows
 from lib.rule_masks import TargetRows
@@ -203,7 +204,7 @@ def test_shap_values_add_up_to_the_margin_and_ignore_unused_features():
     features = table_of(300)
     table = RankedTable.of(features, NAMES)
     y = (features[:, 3] > 0.5).astype(float)
-    booster = fit_trees(table, y, TreeSettings(n_estimators=5, share_of_features=1.0, subsample=1.0), 0)
+    booster = fit_trees(tree_matrix(table, y), TreeSettings(n_estimators=5, share_of_features=1.0, subsample=1.0), 0)
     values = shap_values(booster, table)
     assert values.shape == features.shape
     assert np.abs(values[:, 3]).mean() > 5 * np.abs(np.delete(values, 3, axis=1)).mean(axis=0).max()
@@ -215,7 +216,7 @@ def test_importance_steers_the_trees():
     weights = np.full(len(NAMES), 1e-9)
     weights[5] = 1.0
     settings = TreeSettings(n_estimators=10, share_of_features=1 / len(NAMES))
-    booster = fit_trees(table, y, settings, 0, importance=weights)
+    booster = fit_trees(tree_matrix(table, y), settings, 0, importance=weights)
     used = {
         int(j) for tree in tree_nodes(booster) for j, left in zip(tree.feature, tree.left, strict=True) if left >= 0
     }
@@ -227,13 +228,13 @@ def test_paths_contribute_every_part_of_them():
     table = RankedTable.of(features, NAMES)
     trees = tree_nodes(
         fit_trees(
-            table,
-            target_of("f3 > 0.5 & f7 <= 0.4", features).astype(float),
+            tree_matrix(table, target_of("f3 > 0.5 & f7 <= 0.4", features).astype(float)),
             TreeSettings(n_estimators=1, max_depth=2, subsample=1.0, share_of_features=1.0),
             0,
         )
     )
-    found = path_conjunctions(trees, max_conditions=2)
+    conjunctions = path_conjunctions(trees, max_conditions=2)
+    found = [conjunctions.atoms(index) for index in range(len(conjunctions))]
     tree = trees[0]
     root = Atom(int(tree.feature[0]), True, int(tree.cut[0]))
     assert (root,) in found
@@ -258,15 +259,52 @@ def test_candidates_with_the_same_rows_appear_once_and_shortest():
     target = TargetRows(np.array([0, 0, 1, 1, 0, 1], dtype=bool))
     a, b = Atom(0, True, 0), Atom(1, True, 0)
     against = Atom(1, False, 0)
-    found = scored_candidates(
-        dict.fromkeys([(a, b), (a,), (b,), (against,)], (1.0, 1.0)), table, target, min_rows=1, limit=10
-    )
+    none = Conjunctions(np.zeros((0, 2), dtype=np.int64), np.zeros(0), np.zeros(0))
+    conjunctions = none.including([(a, b), (a,), (b,), (against,)])
+    found = scored_candidates(conjunctions, table, target, min_rows=1, limit=10)
     assert found.literals == [Literal((a,))]
 
 
 def test_merging_keeps_the_tightest_bounds():
     atoms = [Atom(0, True, 3), Atom(0, True, 5), Atom(0, False, 9), Atom(0, False, 7), Atom(1, True, 0)]
     assert merged_atoms(atoms) == (Atom(0, False, 7), Atom(0, True, 5), Atom(1, True, 0))
+
+
+def test_bulk_conjunctions_equal_those_made_one_by_one():
+    # A stump below a stump below a stump, all three on one feature: the looser bound of each pair goes.
+    tree = TreeNodes(
+        left=np.array([1, -1, 3, -1, 5, -1, -1]),
+        right=np.array([2, -1, 4, -1, 6, -1, -1]),
+        feature=np.array([0, 0, 0, 0, 0, 0, 0]),
+        cut=np.array([2, 0, 4, 0, 7, 0, 0]),
+        gain=np.array([8.0, 0, 4.0, 0, 2.0, 0, 0]),
+    )
+    found = path_conjunctions([tree, tree], max_conditions=2)
+    above2, above4, above7 = (Atom(0, True, cut) for cut in (2, 4, 7))
+    upto2, upto4, upto7 = (Atom(0, False, cut) for cut in (2, 4, 7))
+    expected = [(upto2,), (upto4,), (upto7,), (above2,), (above4,), (above7,)]
+    expected += [(upto4, above2), (upto7, above2), (upto7, above4)]
+    assert [found.atoms(index) for index in range(len(found))] == expected
+    gains = {found.atoms(index): (found.gain_sum[index], found.gain_max[index]) for index in range(len(found))}
+    assert gains[(upto4, above2)] == (12.0, 8.0)
+    assert gains[(upto7, above4)] == (6.0, 4.0)
+
+
+def test_bulk_counts_equal_masks():
+    table = RankedTable.of(table_of(130), NAMES)
+    for weight in (None, np.random.default_rng(1).random(130)):
+        target = TargetRows(np.arange(130) % 3 == 0, weight)
+        literals = [
+            Literal((Atom(0, True, 40),)),
+            Literal((Atom(0, True, 40), Atom(5, False, 90), Atom(8, True, 0)), negated=True),
+            Literal((Atom(0, False, 60), Atom(0, True, 20))),
+        ]
+        n_true, n_fire = literal_counts(literals, table, target)
+        for index, literal in enumerate(literals):
+            fires = table.rule_mask((literal,))
+            each = np.ones(130) if weight is None else weight
+            assert n_fire[index] == pytest.approx(each[fires].sum())
+            assert n_true[index] == pytest.approx(each[fires & target.positive].sum())
 
 
 def test_quantile_cuts_part_the_rows():
