@@ -16,6 +16,8 @@ from lib.rule_masks import TargetRows
 from lib.rule_search import RulePath, RuleSearch, SearchLimits
 from lib.rule_selection import SizeChoice, choose_size, out_of_fold, stratified_folds
 
+MAX_FOLD_ROWS = 60_000
+
 
 @dataclass(frozen=True)
 class InductionSettings:
@@ -164,11 +166,16 @@ def _pool(candidates: CandidateTable, settings: InductionSettings) -> list[Liter
 def validate(
     sample: Sample, settings: InductionSettings, seed: int, *, n_splits: int, n_repeats: int, alpha: float
 ) -> SizeChoice | None:
-    """Inner cross-validation of the whole induction; None if a class has too few rows to be split."""
+    """Inner cross-validation of the whole induction; None if a class has too few rows to be split.
+
+    It is repeated on different folds while all repeats together predict at most `MAX_FOLD_ROWS` rows: what a repeat
+    settles on few rows, many rows settle at once.
+    """
     smallest = int(min(np.count_nonzero(sample.target.positive), np.count_nonzero(~sample.target.positive)))
     if smallest < 2:
         return None
     n_costs = settings.limits.max_cost + 1
+    n_repeats = max(1, min(n_repeats, MAX_FOLD_ROWS // sample.table.n_rows))
     # Explaining rows is the dearest part of a fit; weights need fewer of them than a figure.
     settings = replace(settings, shap_rows=min(settings.shap_rows, settings.fold_shap_rows))
 

@@ -89,6 +89,10 @@ def _literal_section(
     columns = found.train.columns
     fires = literal.covers(columns)
     scores = rule_scores(fires, found.train.y)
+
+    def interval(metric: str, is_share: bool) -> str:
+        return _with_interval(found, f"literal {number}", fires, found.train.y, metric, is_share)
+
     stable = (
         f"; found again in {_percent(found.stability.literals[number - 1])} of resamples" if found.stability else ""
     )
@@ -96,7 +100,7 @@ def _literal_section(
         f"### Rule {number}: `{literal.display(columns)}`",
         "",
         f"TRAIN: covers {int(scores.n_fire):,} rows ({_percent(scores.coverage)}), precision "
-        f"{_percent(scores.precision)}, lift {scores.lift:.2f}{stable}.",
+        f"{interval('precision', True)}, lift {interval('lift', False)}{stable}.",
         "",
     ]
     lines += [f"- `{name}`: {descriptions[name]}" for name in literal.features if descriptions.get(name)]
@@ -134,10 +138,11 @@ def _score_table(found: TargetFindings) -> list[str]:
     lines = ["| rows | coverage | precision | lift | recall | MCC |", "|---|---|---|---|---|---|"]
     for label, rows in (("TRAIN", found.train), ("TEST", found.test)):
         if rows is not None:
+            fires = found.rule.covers(rows.columns)
             lines.append(
                 f"| {label} | "
                 + " | ".join(
-                    _with_interval(found, label, rows, *metric)
+                    _with_interval(found, label, fires, rows.y, *metric)
                     for metric in (
                         ("coverage", True),
                         ("precision", True),
@@ -152,11 +157,12 @@ def _score_table(found: TargetFindings) -> list[str]:
     return lines
 
 
-def _with_interval(found: TargetFindings, label: str, rows: LabelledRows, metric: str, is_share: bool) -> str:
-    fires = found.rule.covers(rows.columns)
+def _with_interval(
+    found: TargetFindings, label: str, fires: np.ndarray, y: np.ndarray, metric: str, is_share: bool
+) -> str:
     show = _percent if is_share else _number
-    value = show(float(getattr(rule_scores(fires, rows.y), metric)))
-    low, high = bootstrap_interval(fires, rows.y, metric, rng(found.seed, "summary", found.target, label, metric))
+    value = show(float(getattr(rule_scores(fires, y), metric)))
+    low, high = bootstrap_interval(fires, y, metric, rng(found.seed, "summary", found.target, label, metric))
     return f"{value} ({show(low)} to {show(high)})"
 
 

@@ -166,7 +166,8 @@ class RuleSHAP(ClassifierMixin, _RuleSHAPBase):
         max_conditions: most conditions per literal. max_literals: most literals (disjuncts) of the rule.
         use_shap_in_xgb: grow a second set of trees whose features are drawn in proportion to their SHAP importance.
         use_shap_in_lasso: divide the L1 penalty of a candidate by the SHAP importance of its features.
-        n_splits, n_repeats: folds of the inner cross-validation that chooses the rule's size, and how often it is done.
+        n_splits, n_repeats: folds of the inner cross-validation that chooses the rule's size, and how often it is done
+            (less often above 60,000 rows in all).
         alpha: a rule is reported only if its out-of-fold agreement has a smaller p-value.
         n_estimators, max_depth, learning_rate: of the boosted trees.
         unique_rows_in_shap: explain distinct (features, target) rows only. fast_shap: Saabas' path attribution.

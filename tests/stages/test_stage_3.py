@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -110,6 +111,7 @@ def test_summary_reads_as_text(rules_dir):
     assert "**`is_correct` is likely where** `carry_count` is above 1.5." in page
     assert "what Carry count says" in page
     assert page.count("answered") == 3
+    assert re.search(r"TRAIN: covers \d+ rows .* precision [\d.]+ % \([\d.]+ % to .*, lift [\d.]+ \([\d.]+ to", page)
     assert "| logistic | TEST |" in page
     assert "nan" not in page
 

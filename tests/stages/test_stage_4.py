@@ -171,6 +171,19 @@ def test_partners_by_wording(world):
     assert np.load(cache).shape[1] == 384
 
 
+def test_a_rule_that_tries_to_run_code_is_refused(world, tmp_path, capsys):
+    trap = tmp_path / "trap"
+    text = f"__import__('pathlib').Path('{trap}').touch() > 0"
+    pd.DataFrame({"rule_expression": [text]}).to_csv(tmp_path / "optimal_rule_set_is_correct.csv", index=False)
+    arguments = [*stage_4_arguments(world, output="hostile.json"), "--rules_dir", str(tmp_path)]
+    assert run_script(SCRIPT, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "not a rule" in error
+    assert not trap.exists()
+    assert not (world / "hostile.json").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
