@@ -35,9 +35,14 @@ def group_key(group: Iterable[Neuron]) -> str:
 
 
 class AnswerLog:
-    """Answers of `n_rows` datapoints, before ablation and under the ablation of each group."""
+    """Answers of `n_rows` datapoints, before ablation and under the ablation of each group.
 
-    def __init__(self, path: str | Path, fingerprint: str, n_rows: int, *, load: bool = True) -> None:
+    load: read what the file holds. mend: cut off a torn last line on the disk too; only for who goes on writing.
+    """
+
+    def __init__(
+        self, path: str | Path, fingerprint: str, n_rows: int, *, load: bool = True, mend: bool = True
+    ) -> None:
         self.path = Path(path)
         self.fingerprint = fingerprint
         self.n_rows = n_rows
@@ -45,7 +50,7 @@ class AnswerLog:
         self.d_model = 0
         self.runs: dict[str, ChangedAnswers] = {}
         if load and self.path.is_file():
-            self._load()
+            self._load(mend)
 
     def start(self, baseline: Sequence[str], d_model: int) -> None:
         """Begin the file with the baseline answers and the width of the model."""
@@ -78,11 +83,11 @@ class AnswerLog:
 
     @classmethod
     def read(cls, path: str | Path) -> AnswerLog:
-        """A finished log, whatever its settings."""
+        """A finished log, whatever its settings; the file stays as it is."""
         try:
             with open(path, encoding="utf-8") as handle:
                 header = json.loads(handle.readline())
-            return cls(path, header["fingerprint"], header["n_rows"])
+            return cls(path, header["fingerprint"], header["n_rows"], mend=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it and run stage 7 again") from None
 
@@ -103,7 +108,7 @@ class AnswerLog:
                 f"cannot write {self.path}: {error.strerror or error}; check permissions and space"
             ) from error
 
-    def _load(self) -> None:
+    def _load(self, mend: bool) -> None:
         """Read what is whole; cut off a torn last line so that appending goes on after a whole one."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -116,7 +121,7 @@ class AnswerLog:
             self.baseline, self.d_model = header.get("baseline"), header.get("d_model", 0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({error}); delete it and run stage 7 again") from None
-        if len(whole) < len(content):
+        if mend and len(whole) < len(content):
             os.truncate(self.path, len(whole))
 
 

@@ -104,7 +104,7 @@ def _rate(text: str) -> str:
 
 
 def run(args: argparse.Namespace, report: Report) -> int:
-    """Run every stage; then the summary."""
+    """Run every stage; then the summary and the report."""
     from lib.pipeline_summary import print_summary
 
     paths = resolve(args)
@@ -122,8 +122,20 @@ def run(args: argparse.Namespace, report: Report) -> int:
                              f"the command was: {shlex.join(_command(call))}\n")
             return code
     report.heading(f"done in {time.monotonic() - started:.0f} s")
-    print_summary(replace(paths, data_root=REPOSITORY / paths.data_root), report)
+    paths = replace(paths, data_root=REPOSITORY / paths.data_root)
+    print_summary(paths, report)
+    _write_report(paths, args.min_rule_dataset_coverage, report)
     return 0
+
+
+def _write_report(paths: RunPaths, min_coverage: float, report: Report) -> None:
+    """The run as one page to look at; its place is the last thing that is printed."""
+    from lib.reporting.page.build import open_model, write_page
+    from lib.reporting.page.inputs import PageOptions
+
+    options = PageOptions(min_coverage=min_coverage)
+    page = write_page(open_model(paths.model_dir), paths.choices.run_name, None, options)
+    report.line(f"\nReport to look at: {page.path}")
 
 
 def resolve(args: argparse.Namespace) -> RunPaths:

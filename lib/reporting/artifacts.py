@@ -298,6 +298,12 @@ def find_model_roots(folder: Path, flip_rules: str = "neuron_flip_rules") -> lis
     return sorted(found, key=lambda root: root.stats_dir)
 
 
+def model_root_at(folder: Path, flip_rules: str = "neuron_flip_rules") -> ModelRoot:
+    """The model root that a folder is taken to be, whether or not any run below it has finished."""
+    folder = folder.absolute()
+    return _root_at(folder, folder / _RULES / flip_rules / "stats", flip_rules)
+
+
 def _stats_folders(folder: Path, flip_rules: str) -> Iterator[Path]:
     """`**/rule_extraction_results/<flip_rules>/stats`, without descending into the folders of circuits or caches."""
     if folder.name == _RULES:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lib.reporting.artifacts import REGIMES, Reading, RunFolder, Status, block_of, expect, read_json
+from lib.reporting.artifacts import REGIMES, ModelRoot, Reading, RunFolder, Status, block_of, expect, read_json
+from lib.reporting.naming import RunName
 
 _METHOD = "eap_ig_inputs"
 _MEMBER_KEYS = ("layers_neurons_dict", "layers_units_dict")
@@ -34,13 +35,17 @@ _CANDIDATE_KEYS = (
 
 @dataclass(frozen=True)
 class Agonist:
-    """A localized neuron of the buckets. effect: `max_effect`, signed as written; circuit_id: the last that saw it."""
+    """A localized neuron of the buckets. effect: `max_effect`, signed as written; circuit_id: the last that saw it.
+
+    confirmed: its flip rate on fresh datapoints with the exact interval, (rate, low, high); None in older results.
+    """
 
     neuron: str
     effect: float
     accuracy_gap: float
     circuit_id: int | None
     is_catastrophic: bool
+    confirmed: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,16 @@ def circuit_dir(run: RunFolder) -> Path | None:
     return next((path for path in others if path.is_dir()), usual)
 
 
+def searched_run_names(root: ModelRoot) -> list[str]:
+    """Runs whose search has left a folder, sorted; their flips may not have been measured yet."""
+    found = []
+    for base, suffix in (("neural_circuit_discovery_results", ""), ("neural_circuit_discovery_results_fake_targets",
+                                                                    "-fake_targets")):
+        bags = (root.path / base).glob("*/*/agonist_neurons*") if root.path else ()
+        found += [f"{bag.parent.name}-{bag.name}{suffix}" for bag in bags if bag.is_dir()]
+    return sorted(name for name in set(found) if RunName.parse(name) is not None)
+
+
 def regime_dir(run: RunFolder, regime: str) -> Path | None:
     """Stage 6's folder of one baseline regime of the run."""
     folder = circuit_dir(run)
@@ -143,19 +158,32 @@ def _agonist(neuron: str, entry: dict[str, Any]) -> Agonist:
         _number(record.get("accuracy_gap")),
         _count(record.get("circuit_id")),
         bool(record.get("catastrophic", False)),
+        _confirmed(record),
     )
+
+
+def _confirmed(record: dict[str, Any]) -> tuple[float, float, float] | None:
+    rate, low, high = (_number(record.get(f"confirmed_{end}")) for end in ("rate", "low", "high"))
+    return (rate, low, high) if math.isfinite(rate) else None
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def knockout(run: RunFolder, regime: str) -> Reading[list[dict[str, Any]]]:
-    """Entries of `rule_knockout.json`, those with status `ok` only; EMPTY if the search ran but none is."""
+def knockout(run: RunFolder, regime: str, *, skipped: bool = False) -> Reading[list[dict[str, Any]]]:
+    """Entries of `rule_knockout.json`, those with status `ok` only; EMPTY if the search ran but none is.
+
+    skipped: the other entries instead, the circuits that were not searched.
+    """
     reading = _read(run, regime, "rule_knockout.json", list)
     if not reading.is_usable:
         return replace(reading, value=None)
-    entries = [entry for entry in reading.value or [] if isinstance(entry, dict) and entry.get("status") == "ok"]
+    entries = [
+        entry
+        for entry in reading.value or []
+        if isinstance(entry, dict) and (entry.get("status") == "ok") is not skipped
+    ]
     return Reading(Status.OK if entries else Status.EMPTY, entries, path=reading.path)
 
 
@@ -191,7 +219,7 @@ def _agrees(detail: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> bo
 # ---------------------------------------------------------------- candidates and cost
 
 
-def _group_tests(detail: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, list[int]]]]:
+def group_tests(detail: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], dict[str, list[int]]]]:
     """(record, members by layer) of every group test that a detail file states in full."""
     records = detail.get("ablations")
     for record in records if isinstance(records, list) else []:
@@ -206,7 +234,7 @@ def candidates_by_layer(detail: Mapping[str, Any]) -> dict[str, int]:
     """Candidates of a circuit by layer, counted from its group tests, else from an explicit map; {} if unknown."""
     members: dict[str, set[str]] = {}
     largest: dict[str, int] = {}
-    for record, groups in _group_tests(detail):
+    for record, groups in group_tests(detail):
         for layer, ids in groups.items():
             members.setdefault(layer, set()).update(map(str, ids))
             # A group that lies in one layer may state its size without naming all of its members.
@@ -306,7 +334,7 @@ def detail_effects(detail: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(entry, dict) and "neuron" in entry
         }
     effects: dict[str, float] = {}
-    for record, groups in _group_tests(detail):
+    for record, groups in group_tests(detail):
         names = [f"{layer}:{index}" for layer, ids in groups.items() for index in ids]
         effect = _number(record.get("max_effect"))
         if len(names) == 1 and record.get("group_size", 1) == 1 and math.isfinite(effect):
