@@ -15,7 +15,7 @@ from lib.reporting.session import flag
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the page."""
     parser.add_argument("model_root", help="folder of a task and model: data/<task>/<model>")
-    parser.add_argument("--run", default=None, help="name of the run, a folder of stats/ (default: the first mode there)")
+    parser.add_argument("--run", default=None, help="name of the run, a folder of stats/ (default: the first there)")
     flag(parser, "all_runs", action="store_true", help="a page for every run")
     parser.add_argument("--output", type=Path, default=None, help="file (default: <model root>/report/<run>.html)")
     flag(parser, "max_prompts", type=positive_int, default=20, help="flipped prompts per neuron")

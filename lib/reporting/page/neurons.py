@@ -160,14 +160,17 @@ class Neurons:
         return shared_prefix(self.inputs.scores.prompts) if self.inputs.scores is not None else ""
 
     def flipped(self, facts: NeuronFacts, limit: int) -> FlippedPrompts:
-        """The prompts that a neuron flips: held-out ones first, there those first on which its rule fires."""
+        """The prompts that a neuron flips: held-out ones first, there those that its rule is about and fires on."""
         table = self.inputs.flips
         if table is None or facts.place is None:
             return FlippedPrompts([], 0)
         rule = self._speaking_rule(facts)
         fires = self._fires(rule) if rule is not None else None
         rows = np.flatnonzero(self._any_flips[facts.place])
-        order = sorted(rows.tolist(), key=lambda row: (not table.rows.is_test[row], fires is None or not fires[row]))
+        target = FlipTarget.ANY if rule is None else self.target_of(rule, facts.neuron)
+        is_meant = target.eligible(table.baseline) & (np.zeros(len(table.rows), dtype=bool) if fires is None else fires)
+        is_test = table.rows.is_test
+        order = sorted(rows.tolist(), key=lambda row: (not is_test[row], not is_meant[row]))
         after = self._answers_after(facts.neuron)
         return FlippedPrompts(
             [

@@ -14,9 +14,15 @@ from numbers import Real
 
 MAX_TEXT = 600
 _KEPT_CONTROLS = "\n\t"
-# Control and format characters (bidi overrides, zero-width ones), lone surrogates, line and paragraph separators.
-_SHOWN_BY_CODE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_MIN_PREFIX = 8
+# Control and format characters (bidi overrides, zero-width ones), lone surrogates, private and unassigned characters,
+# line and paragraph separators.
+_SHOWN_BY_CODE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+# Letters and marks that Unicode calls default ignorable: fillers, joiners, variation selectors.
+_IGNORABLE = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164, 0xFFA0} | {
+    *range(0xFE00, 0xFE10),
+    *range(0xE0100, 0xE01F0),
+}
+_MIN_PREFIX = 4
 
 
 def visible(text: object, limit: int = MAX_TEXT) -> str:
@@ -40,9 +46,10 @@ def _coded(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _shown_character(character: str) -> str:
-    if character in _KEPT_CONTROLS or unicodedata.category(character) not in _SHOWN_BY_CODE:
+    if character in _KEPT_CONTROLS:
         return character
-    return f"⟨U+{ord(character):04X}⟩"
+    hidden = unicodedata.category(character) in _SHOWN_BY_CODE or ord(character) in _IGNORABLE
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character
 
 
 def shared_prefix(texts: Sequence[str]) -> str:
