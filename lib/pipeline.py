@@ -134,8 +134,12 @@ def _write_report(paths: RunPaths, min_coverage: float, report: Report) -> None:
     from lib.reporting.page.inputs import PageOptions
 
     options = PageOptions(min_coverage=min_coverage)
-    page = write_page(open_model(paths.model_dir), paths.choices.run_name, None, options)
-    report.line(f"\nReport to look at: {page.path}")
+    try:
+        page = write_page(open_model(paths.model_dir), paths.choices.run_name, None, options).path
+    except UserError as error:
+        # As with the parts of the summary: the results are there, only showing them failed.
+        page = f"not available: {error}"
+    report.line(f"\nReport to look at: {page}")
 
 
 def resolve(args: argparse.Namespace) -> RunPaths:

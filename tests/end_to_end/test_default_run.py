@@ -127,6 +127,11 @@ def test_run_leaves_the_promised_files_and_names_an_agonist_with_its_rule(finish
     assert "480 prompts" in summary
     assert "not available" not in summary
     assert any(f"  {name} " in summary for name in names)
+    report = Path(summary.rpartition("Report to look at: ")[2].strip())
+    page = report.read_text(encoding="utf-8")
+    assert report.is_relative_to(folder) and len(page) < 3_000_000
+    assert all(name in page for name in names) and "480 prompts" in page
+    assert "What this page had to do without" not in page
 
 
 def test_second_run_changes_no_file(finished):
