@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
     group.add_argument("--modes", nargs="+", choices=_MODES, default=_MODES, metavar="MODE", help="modes to judge")
     group.add_argument("--n_candidates", type=positive_int, default=2000, help="random candidates of each rule")
+    group.add_argument(
+        "--screen",
+        type=int,
+        default=0,
+        metavar="N",
+        help="brute force tests every candidate on the first N datapoints per slice, and on the others only those that "
+        "flip one of these; of neurons that flip 20 %% of 64, N = 24 overlooks one in a thousand (default: on all)",
+    )
     group.add_argument("--max_rules", type=positive_int, default=2, help="first rules of the manifest")
     group.add_argument(
         "--quick", action="store_true", help=f"{_QUICK_CANDIDATES} candidates of one rule, two modes: under two minutes"

@@ -18,7 +18,7 @@ from lib.cli import Report, UserError
 from lib.engine_chunk import AnswerEnd, ChunkRun, Places
 from lib.engine_forward import leaving_stage
 from lib.engine_logits import Rivals, find_rivals
-from lib.engine_state import BaselineState, Window, compute_baseline
+from lib.engine_state import BaselineState, Site, Window, compute_baseline
 from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 from lib.neurons import Neuron
@@ -128,6 +128,22 @@ class AblationEngine:
                     progress(len(numbers) * len(members))
         self.counters.n_diverged += len(texts)
         return AblatedAnswers(changed, dict(sorted(texts.items())))
+
+    def sites(self, datapoints: Sequence[int]) -> list[Site]:
+        """Where each datapoint's first answer token within reach of the intervention is decided.
+
+        Datapoints whose answer has no such token are left out.
+        """
+        windows = [(int(datapoint), self._windows[int(datapoint)]) for datapoint in datapoints]
+        return [
+            Site(
+                datapoint,
+                (*window.prefix, *window.tokens[: window.first_prediction + 1]),
+                window.answer[window.first_token],
+            )
+            for datapoint, window in windows
+            if len(window.answer) > window.first_token
+        ]
 
     # ------------------------------------------------------------ running
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,17 @@ class Window:
     first_prediction: int
     first_token: int
     answer: tuple[int, ...]
+
+
+class Site(NamedTuple):
+    """Where a datapoint's first answer token within reach of an intervention is decided: at the last of these tokens.
+
+    datapoint: its number in the engine. answer: the token that the un-ablated model puts behind them.
+    """
+
+    datapoint: int
+    ids: tuple[int, ...]
+    answer: int
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.ablation_engine import AblationEngine
+from lib.agonist_diagnostics import LayerValues
+from lib.agonist_sites import measure_sites
 from lib.artifacts import file_digest
 from lib.cli import Report
 from lib.flip_oracle import FlipOracle
 from lib.interventions import DecodeScope, Intervention, ReplacementTable, build_table
 from lib.modeling_and_ablation import LanguageModel, load_language_model
+from lib.neurons import Neuron
 from lib.stages.agonist_prepare import Inputs, MakeAnswers, reference_rows
 
 if TYPE_CHECKING:
@@ -58,6 +61,31 @@ class AgonistModel:
         """Makes the oracle of any datapoints of a regime."""
         return lambda rows: self._oracle(regime, rows)
 
+    def measure(
+        self, answers: FlipOracle, datapoints: np.ndarray, neurons: Sequence[Neuron]
+    ) -> tuple[np.ndarray, list[LayerValues]]:
+        """What neurons and their layers do where an ablation begins: (positions in `datapoints`, values per neuron).
+
+        Datapoints without an answer token within the intervention's reach are left out. An attention unit's layer is
+        that of all heads.
+        """
+        engine, lm = answers.engine, self.language_model
+        sites = engine.sites(datapoints.tolist())
+        layers = {neuron.layer_label: _components(neuron, lm.n_heads) for neuron in neurons}
+        found = measure_sites(lm, engine.table, sites, sorted({name for names in layers.values() for name in names}))
+        values = []
+        for neuron in neurons:
+            names = layers[neuron.layer_label]
+            activations, gradients = (
+                np.concatenate([table[name].numpy() for name in names], axis=1)
+                for table in (found.activations, found.gradients)
+            )
+            place = names.index(neuron.layer_label) * lm.d_model + neuron.index
+            replacement = found.replacements[neuron.layer_label][:, neuron.index].numpy()
+            values.append(LayerValues(place, activations, gradients, replacement, found.margins.numpy()))
+        kept = np.isin(datapoints, [site.datapoint for site in sites])
+        return np.flatnonzero(kept), values
+
     def _oracle(self, regime: str, rows: np.ndarray) -> FlipOracle:
         args, task, table = self.args, self.inputs.task, self.inputs.table
         prompts = table.frame[table.prompt_col].iloc[rows].tolist()
@@ -92,3 +120,10 @@ class AgonistModel:
                 batch_size=args.batch_size,
             )
         return self._tables[regime]
+
+
+def _components(neuron: Neuron, n_heads: int) -> list[str]:
+    """The components that make up a neuron's layer."""
+    if neuron.head is None:
+        return [neuron.layer_label]
+    return [f"a{neuron.layer}.h{head}" for head in range(n_heads)]

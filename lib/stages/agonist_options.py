@@ -18,6 +18,7 @@ def add_agonist_arguments(parser: argparse.ArgumentParser) -> None:
     _add_candidate_arguments(parser)
     _add_intervention_arguments(parser)
     _add_search_arguments(parser)
+    _add_diagnostic_arguments(parser)
 
 
 def _add_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,4 +156,20 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--catastrophic_n_runs", type=positive_int, default=3, help="rules after which such a neuron is decided"
+    )
+
+
+def _add_diagnostic_arguments(parser: argparse.ArgumentParser) -> None:
+    """What else it tells of the agonists."""
+    group = parser.add_argument_group("diagnostics of agonists")
+    for kind, meaning in (
+        ("activation", "how large their activations are in their layer"),
+        ("margin", "how much of the answer's margin their ablation should take, to first order"),
+        ("saliency", "how large their saliencies are in their layer"),
+    ):
+        group.add_argument(f"--skip_agonist_{kind}_stats", action="store_true", help=f"do not write {meaning}")
+    group.add_argument(
+        "--agonist_saliency_metrics",
+        default="wanda,gradient,activation_x_gradient",
+        help="saliencies to write, separated by commas",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.agonist_diagnostics import saliency_metrics
 from lib.cli import UserError, require_file, rng
 from lib.confidence_bounds import min_datapoints_to_prune
 from lib.group_test_log import GroupTestLog
@@ -53,6 +54,7 @@ def read_inputs(args: Namespace) -> Inputs:
         raise UserError(f"--search_epsilon {args.search_epsilon:g} is no flip rate; give one below 1")
     if not 0.0 < args.prune_alpha < 1.0:
         raise UserError(f"--prune_alpha {args.prune_alpha:g} is no probability; give one between 0 and 1")
+    saliency_metrics(args.agonist_saliency_metrics)
     folder = Path(args.input_data_dir)
     manifest = require_file(
         folder / "manifest.json", "stage 5's manifest.json", "run stage 5, or mend --input_data_dir"

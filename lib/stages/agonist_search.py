@@ -14,10 +14,11 @@ from lib.agonist_files import Buckets, rule_file, write_rule_file, write_rule_kn
 from lib.artifacts import StageRecord, exclusive, text_digest
 from lib.cli import Report
 from lib.group_test_log import GroupTestLog
+from lib.stages.agonist_diagnosis import AgonistDiagnosis
 from lib.stages.agonist_inputs import Circuit, regimes_to_run
 from lib.stages.agonist_prepare import Inputs, MakeAnswers, RulePreparer, read_inputs, rule_options
 from lib.stages.agonist_report import fill_buckets, rule_body, rule_head, skipped_body, summary_lines
-from lib.stages.agonist_rule import RuleSearch
+from lib.stages.agonist_rule import RuleFindings, RuleSearch
 from lib.stages.agonist_slices import Pool, Skipped
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run_stage(args: Namespace, report: Report) -> None:
 
             model = model or AgonistModel(args, inputs, report)
             with exclusive(folder):
-                RegimeRun(inputs, regime, folder, record, report).run(model.answers_for(regime), model.identity(regime))
+                RegimeRun(inputs, regime, folder, record, report).run(model)
         for line in record.summary().get("lines", []):
             report.line(line)
 
@@ -110,51 +111,54 @@ class RegimeRun:
         self.outputs: list[Path] = []
         self.lines: list[str] = []
 
-    def run(self, make_answers: MakeAnswers, test_identity: dict[str, Any]) -> None:
-        """Analyse every rule and write all files.
-
-        test_identity: what decides the outcome of a group test; the log of another one is not used.
-        """
+    def run(self, model: AgonistModel) -> None:
+        """Analyse every rule and write all files. A log of tests made under another identity is not used."""
         started = time.time()
         log_path = self.folder / LOG_NAME
         if self.args.force:
             log_path.unlink(missing_ok=True)
-        log = GroupTestLog(log_path, text_digest(test_identity))
+        log = GroupTestLog(log_path, text_digest(model.identity(self.regime)))
+        diagnosis = AgonistDiagnosis(self.args, self.folder, model.measure)
         n_rules = len(self.inputs.circuits)
         self.report.line(f"{n_rules} rules" + (f"; {len(log)} groups were tested before" if len(log) else ""))
-        rules = [self._rule(circuit, make_answers, log) for circuit in self.inputs.circuits]
+        make_answers = model.answers_for(self.regime)
+        rules = [self._rule(circuit, make_answers, log, diagnosis) for circuit in self.inputs.circuits]
+        diagnosis.write_overall()
+        self.outputs += diagnosis.outputs
         self.outputs.append(write_rule_knockout(self.folder, rules))
         self.outputs += self.buckets.write(self.folder)
         n_skipped = sum(rule["status"] == "skipped" for rule in rules)
         counts = {"n_agonists": len(self.buckets.agonists), "n_rules": n_rules, "n_skipped": n_skipped}
         self.record.finish(self.outputs, started=started, summary={"lines": self.lines, **counts})
 
-    def _rule(self, circuit: Circuit, make_answers: MakeAnswers, log: GroupTestLog) -> dict[str, Any]:
-        """Search one rule and write its file; returns the file's content."""
+    def _rule(
+        self, circuit: Circuit, make_answers: MakeAnswers, log: GroupTestLog, diagnosis: AgonistDiagnosis
+    ) -> dict[str, Any]:
+        """Search one rule, diagnose its agonists and write its files; returns the content of its own."""
+        path = rule_file(self.folder, circuit.target, circuit.circuit_id, is_cluster=circuit.is_cluster)
         pools = self.preparer.pools(circuit)
         content = rule_head(circuit, self.regime, self.args, pools)
-        body = pools if isinstance(pools, Skipped) else self._search(circuit, pools, make_answers, log)
-        if isinstance(body, Skipped):
-            self.lines.append(f"{circuit.name}: skipped, {body.reason}")
-            body = skipped_body(body)
-        content |= body | {"config_fingerprint": self.record.fingerprint}
-        path = rule_file(self.folder, circuit.target, circuit.circuit_id, is_cluster=circuit.is_cluster)
+        findings = pools if isinstance(pools, Skipped) else self._search(circuit, pools, make_answers, log)
+        if isinstance(findings, Skipped):
+            self.lines.append(f"{circuit.name}: skipped, {findings.reason}")
+            content |= skipped_body(findings)
+        else:
+            fill_buckets(self.buckets, findings)
+            self.lines += summary_lines(findings, self.args.search_epsilon)
+            content |= rule_body(findings, self.inputs.table, self.args.sampling_strategy)
+            content |= diagnosis.diagnose_rule(findings, path)
+        content["config_fingerprint"] = self.record.fingerprint
         write_rule_file(path, content)
         self.outputs.append(path)
         return content
 
     def _search(
         self, circuit: Circuit, pools: tuple[Pool, Pool], make_answers: MakeAnswers, log: GroupTestLog
-    ) -> dict[str, Any] | Skipped:
-        """Prepare a rule's datapoints and search its candidates; the rest of its file."""
+    ) -> RuleFindings | Skipped:
+        """Prepare a rule's datapoints and search its candidates."""
         with _progress(self.report, circuit) as advance:
             rule = self.preparer.prepare(circuit, pools, make_answers, log, advance)
-            if isinstance(rule, Skipped):
-                return rule
-            findings = RuleSearch(rule, self.options).run()
-        fill_buckets(self.buckets, findings)
-        self.lines += summary_lines(findings, self.args.search_epsilon)
-        return rule_body(findings, self.inputs.table, self.args.sampling_strategy)
+            return rule if isinstance(rule, Skipped) else RuleSearch(rule, self.options).run()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 from lib.artifacts import exclusive, text_digest, write_csv, write_json
 from lib.cli import Report, UserError, rng
 from lib.group_test_log import GroupTestLog
+from lib.group_testing import Slices, sweep
 from lib.stages.agonist_inputs import Circuit, regimes_to_run
 from lib.stages.agonist_oracle import LoggedOracle
 from lib.stages.agonist_prepare import Inputs, MakeAnswers, PreparedRule, RulePreparer, read_inputs, rule_options
@@ -98,19 +99,57 @@ def _rule_rows(
     sizes = tuple(len(use.search) for use in rule.slices)
     head = {"regime": regime, "circuit_id": circuit.circuit_id, "n_candidates": len(circuit.neurons)}
     head |= {"n_associated": sizes[0], "n_unrelated": sizes[1]}
-    findings, brute = _run(rule, inputs.args, {"fast_ablation": False})
-    rates = np.array([[flips.mean() for flips in test.flips] for test in findings.tests])
-    truth = Judgement(np.array([agonist.candidate for agonist in findings.agonists], dtype=int), rates.max(axis=1))
-    found = {agonist.candidate for agonist in findings.agonists}
+    truth, brute = _brute_force(rule, inputs.args)
+    # What testing each candidate alone on every datapoint takes, whether or not all of it was needed.
+    full = head["n_candidates"] * sum(sizes)
+    share = brute["n_evaluations"] / full
     # Brute force needs no noise groups, though it is judged on the datapoints that they chose.
-    yield head | {"mode": BRUTE_FORCE, **brute, "n_noise_evaluations": 0, "cost_share": 1.0, **truth.recall(found)}
+    found = set(truth.agonists.tolist())
+    yield head | {"mode": BRUTE_FORCE, **brute, "n_noise_evaluations": 0, "cost_share": share, **truth.recall(found)}
     for mode in inputs.args.modes:
         findings, row = _run(_forgetful(rule), inputs.args, {"fast_ablation": True, "audit_members": 0} | MODES[mode])
         noise = rule.n_noise_evaluations
-        row |= {"n_noise_evaluations": noise, "cost_share": (row["n_evaluations"] + noise) / brute["n_evaluations"]}
+        row |= {"n_noise_evaluations": noise, "cost_share": (row["n_evaluations"] + noise) / full}
         timed = brute["seconds"] is not None and row["seconds"] > 0
         row["speedup"] = brute["seconds"] / row["seconds"] if timed else None
         yield head | {"mode": mode, **row, **truth.recall(_found(findings, sizes))}
+
+
+def _brute_force(rule: PreparedRule, args: Namespace) -> tuple[Judgement, dict[str, Any]]:
+    """Every candidate alone: who is an agonist, and what it took.
+
+    With `--screen` all candidates see the first datapoints of each slice only, and those that flip one of them all.
+    """
+    n, rates = len(rule.circuit.neurons), np.zeros(len(rule.circuit.neurons))
+    kept, meter = np.arange(n), _Meter(rule.oracle)
+    n_screening = 0
+    if args.screen:
+        first = np.concatenate([use.search[: args.screen] for use in rule.slices])
+        kept = np.flatnonzero(rule.oracle([(candidate,) for candidate in range(n)], first).any(axis=1))
+        n_screening = (n - len(kept)) * len(first)
+    options = rule_options(Namespace(**(vars(args) | {"fast_ablation": False})))
+    slices = Slices(rule.slices[0].search, rule.slices[1].search)
+    result = sweep(kept, slices, rule.oracle, options.settings)
+    for record in result.records():
+        rates[record.members[0]] = max(k / m for k, m in zip(record.n_flips, record.n_evaluated, strict=True))
+    agonists = np.sort(result.agonists())
+    row = {"n_tests": n, "n_evaluations": result.n_evaluations + n_screening, "n_agonists": len(agonists)}
+    return Judgement(agonists, rates), row | meter.times(row["n_evaluations"])
+
+
+class _Meter:
+    """Time since its creation, for work of which the log may know a part."""
+
+    def __init__(self, oracle: LoggedOracle) -> None:
+        self.oracle, self.n_before = oracle, oracle.n_run
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
+
+    def times(self, n_needed: int) -> dict[str, float | None]:
+        """Seconds for `n_needed` evaluations: scaled up if a part was run, None if nothing was left to run."""
+        seconds, cpu_seconds = time.perf_counter() - self.started, time.process_time() - self.started_cpu
+        n_run = self.oracle.n_run - self.n_before
+        scale = n_needed / n_run if n_run else None
+        return {"seconds": seconds * scale if scale else None, "cpu_seconds": cpu_seconds * scale if scale else None}
 
 
 def _forgetful(rule: PreparedRule) -> PreparedRule:
@@ -131,21 +170,16 @@ def _found(findings: RuleFindings, sizes: tuple[int, ...]) -> set[int]:
 
 def _run(rule: PreparedRule, args: Namespace, flags: dict[str, Any]) -> tuple[RuleFindings, dict[str, Any]]:
     """Search a rule with some flags replaced; its findings and what they cost."""
-    before = rule.oracle.n_run
-    started, started_cpu = time.perf_counter(), time.process_time()
+    meter = _Meter(rule.oracle)
     findings = RuleSearch(rule, rule_options(Namespace(**(vars(args) | flags)))).run()
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-    # A resumed sweep runs a part only: its time is scaled up, or unknown if nothing was left to run.
-    n_run = rule.oracle.n_run - before
-    n_needed = findings.result.n_evaluations + sum(sum(agonist.n_confirm) for agonist in findings.agonists)
-    scale = n_needed / n_run if n_run else None
-    return findings, {
+    n_evaluations = findings.result.n_evaluations
+    n_needed = n_evaluations + sum(sum(agonist.n_confirm) for agonist in findings.agonists)
+    row = {
         "n_tests": findings.result.n_tests,
-        "n_evaluations": findings.result.n_evaluations,
+        "n_evaluations": n_evaluations,
         "n_agonists": len(findings.agonists),
-        "seconds": seconds * scale if scale else None,
-        "cpu_seconds": cpu_seconds * scale if scale else None,
     }
+    return findings, row | meter.times(n_needed)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -176,7 +210,7 @@ def _figures(rows: list[dict[str, Any]]) -> str:
     own = [row for row in rows if row["mode"] == judged]
     brute = [row for row in rows if row["mode"] == BRUTE_FORCE]
     work = sum(row["n_evaluations"] + row["n_noise_evaluations"] for row in own)
-    full = sum(row["n_evaluations"] for row in brute)
+    full = sum(row["n_evaluations"] / row["cost_share"] for row in brute)
     times = [(b["seconds"], o["seconds"]) for b, o in zip(brute, own, strict=True) if b["seconds"] and o["seconds"]]
     speedup = sum(b for b, _ in times) / sum(o for _, o in times) if times else float("nan")
     return (

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lib.ablation_engine import AblatedAnswers
+from lib.agonist_diagnostics import LayerValues
 from lib.artifacts import write_csv, write_json
 from lib.cli import rng
 from lib.task_spec import AnswerScore, FeatureTaskSpec, TaskSettings
@@ -162,6 +163,17 @@ class PlantedModel:
 
     def answers_for(self, regime: str):
         return lambda rows: PlantedAnswers(self.table, rows)
+
+    def measure(self, answers, datapoints, neurons):
+        """Random activations, gradients and margins, alike in every run; every third datapoint has no site."""
+        kept = np.flatnonzero(np.arange(len(datapoints)) % 3 > 0)
+        values = []
+        for neuron in neurons:
+            stream = rng(2, str(neuron))
+            activations, gradients = (stream.standard_normal((len(kept), D_MODEL)) for _ in range(2))
+            replacement, margins = stream.standard_normal(len(kept)), stream.random(len(kept))
+            values.append(LayerValues(neuron.index, activations, gradients, replacement, margins))
+        return kept, values
 
 
 class PlantedAnswers:

@@ -5,6 +5,7 @@ import shutil
 from argparse import Namespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import lib.modeling_and_ablation
@@ -41,8 +42,12 @@ def world(tmp_path, monkeypatch):
     return make_world(tmp_path)
 
 
-def run(world, *extra, output="out"):
-    return run_script(SCRIPT, stage_6_arguments(world, output, *extra))
+SKIPPED = tuple(f"--skip_agonist_{kind}_stats" for kind in ("activation", "margin", "saliency"))
+"""Diagnostics draw figures, which takes longer than everything else here."""
+
+
+def run(world, *extra, output="out", flags=SKIPPED):
+    return run_script(SCRIPT, stage_6_arguments(world, output, *extra, *flags))
 
 
 def read(world, name, output="out"):
@@ -510,3 +515,31 @@ def test_tiny_model_from_files_to_files(tmp_path):
     shutil.copytree(folder / "real", folder / "copy")
     assert run_script(SCRIPT, [*arguments, "--batch_size", "7", "--force"]) == 0
     assert tree_of(folder / "real") == tree_of(folder / "copy")
+
+
+# ---------------------------------------------------------------- diagnostics of agonists
+
+
+def test_diagnostics_are_written_per_rule_and_for_all_rules(world):
+    run(world, *POSITIVE, flags=())
+    rule = read(world, "per_rule/is_correct/rule_0000.json")
+    folder = world / "out" / "per_rule" / "is_correct"
+    for kind in ("activation", "margin", "saliency"):
+        block = rule[f"agonist_{kind}_stats"]
+        assert block["n_agonists"] == len(rule["agonists"])
+        assert all((folder / name).is_file() for name in block["files"].values())
+        assert block["files"]["plot_png"] == f"rule_0000_agonist_{kind}_stats.png"
+    for name in ("activation_raw.csv", "activation_stats.json", "saliency_summary.csv", "saliency_stats.png"):
+        assert (world / "out" / f"agonist_{name}").is_file()
+    raw = pd.read_csv(folder / "rule_0000_agonist_activation_raw.csv")
+    sampled = {side: rule[f"sampled_{side}_original_idx"] for side in ("associated", "unrelated")}
+    for row in raw.itertuples():
+        assert sampled[row.split][row.example_local_index] == row.original_idx
+
+
+def test_diagnostics_can_be_skipped_and_unknown_metrics_are_refused(world):
+    assert run(world, *POSITIVE) == 0
+    assert not list((world / "out").rglob("*_agonist_*")) and not list((world / "out").glob("agonist_*"))
+    assert read(world, "per_rule/is_correct/rule_0000.json")["agonist_margin_stats"] is None
+    assert run(world, *POSITIVE, "--agonist_saliency_metrics", "fisher", output="other") == 2
+    assert not (world / "other").exists()
