@@ -8,7 +8,7 @@ with a bootstrap over units and neurons. Without --out_dir it only prints.
 
 import argparse
 
-from lib.cli import Report, positive_int, stage_main
+from lib.cli import Report, count, finite, positive_int, stage_main
 from lib.reporting.session import add_report_arguments, flag
 
 
@@ -21,13 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(
         group,
         "thresholds",
-        type=float,
+        type=finite,
         nargs="+",
         default=[0.70, 0.75, 0.80, 0.85, 0.90],
         help="grid of the totals and of the area",
     )
-    flag(group, "primary_threshold", type=float, default=0.70, help="primary endpoint of test and test_selected")
-    flag(group, "primary_threshold_all_fit", type=float, default=0.70, help="primary endpoint of all_fit")
+    flag(group, "primary_threshold", type=finite, default=0.70, help="primary endpoint of test and test_selected")
+    flag(group, "primary_threshold_all_fit", type=finite, default=0.70, help="primary endpoint of all_fit")
     flag(group, "alt", choices=["two-sided", "greater", "less"], default="greater", help="alternative for A - B")
     flag(group, "tasks", default="arithmetic,bon_jailbreaking,jailbreaking", help="comma list; empty: all")
     sample = parser.add_argument_group("neurons' scores")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(sample, "metric_col", default="MCC", help="column of the rule rows")
     choices = ["mean", "median", "prop_ge_threshold", "n_ge_threshold"]
     flag(sample, "sample_stat", choices=choices, default="mean", help="statistic of a unit's neurons")
-    flag(sample, "sample_size", type=int, default=0, help="neurons drawn per method and unit; 0: the fewer of both")
+    flag(sample, "sample_size", type=count, default=0, help="neurons drawn per method and unit; 0: the fewer of both")
     flag(sample, "n_boot", type=positive_int, default=10000, help="bootstrap draws")
     flag(sample, "skip_sample_stats", action="store_true", help="leave this part out")
     add_report_arguments(parser, scopes="test,all_fit")

@@ -7,7 +7,7 @@ those of a control (fake targets) never count to the run that it controls.
 
 import argparse
 
-from lib.cli import Report, stage_main
+from lib.cli import Report, finite, positive_int, share, stage_main
 from lib.reporting.session import add_report_arguments, flag
 
 MAIN_RUN = "rule_split-spectral_sample-decode_only-agonist_neurons-fast-spectral_anchor"
@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(
         group,
         "baseline_M",
-        type=int,
+        type=positive_int,
         default=43008,
         help="circuit size of runs whose name states none; 43008 is "
         "what a budget of 100000 selects in Qwen2-1.5B: 28 layers of 1536",
     )
-    flag(group, "baseline_tau", type=float, default=0.2, help="agonist threshold of runs whose name states none")
+    flag(group, "baseline_tau", type=share, default=0.2, help="agonist threshold of runs whose name states none")
     flag(group, "baseline_run_name", default=MAIN_RUN, help="the run that the others are compared with")
     flag(
         group,
         "quality_thresholds",
-        type=float,
+        type=finite,
         nargs="+",
         default=[0.50, 0.60, 0.70, 0.75, 0.80, 0.85],
         help="MCC from which a neuron counts",

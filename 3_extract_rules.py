@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, add_task_arguments, positive_int, stage_main
+from lib.cli import Report, add_task_arguments, count, positive_int, positive_share, share, stage_main
 
 BASELINES = ("rulefit", "skope", "tree", "logistic")
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules.add_argument("--inner_repeats", type=positive_int, default=3, help="times that is done, on different folds")
     rules.add_argument(
         "--rule_alpha",
-        type=_share,
+        type=positive_share,
         default=0.01,
         help="a rule set is reported if its agreement with unseen TRAIN rows has a smaller p-value",
     )
@@ -63,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     controls = parser.add_argument_group("controls")
     controls.add_argument(
         "--npermutations",
-        type=_count,
+        type=count,
         default=10,
         help="shuffles of the target that give the null of importances and of the best score",
     )
     controls.add_argument(
-        "--stability_resamples", type=_count, default=20, help="resamples in which each rule is looked for again"
+        "--stability_resamples", type=count, default=20, help="resamples in which each rule is looked for again"
     )
     controls.add_argument(
         "--baselines",
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     controls.add_argument(
         "--fake_target_max_abs_corr",
-        type=float,
+        type=share,
         default=0.05,
         help="largest correlation of a shuffled target with the real one",
     )
@@ -98,24 +98,10 @@ def _baselines(text: str) -> tuple[str, ...]:
     return names
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
 def _folds(text: str) -> int:
     value = int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value} folds cannot be held against each other; give at least 2")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
     return value
 
 

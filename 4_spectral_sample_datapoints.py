@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
+from lib.cli import Report, add_model_arguments, add_task_arguments, count, finite, positive_int, stage_main
 from lib.spectral_options import add_pairing_arguments, add_spectral_arguments
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--global_n_clusters", type=positive_int, default=256, help="number of those clusters")
     sampling.add_argument(
         "--coverage_radius",
-        type=float,
+        type=finite,
         default=0.5,
         help="a point within this distance (0 to 2) of a chosen one is covered: reported, and without "
         "global clusters the sample ends once all are",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="choose the unrelated side as similar partners of the associated one, of equal length",
     )
-    pairing.add_argument("--pair_len_tolerance", type=int, default=0, help="tokens by which paired lengths may differ")
+    pairing.add_argument("--pair_len_tolerance", type=count, default=0, help="tokens that paired lengths may differ by")
     add_pairing_arguments(pairing)
     stats = parser.add_argument_group("statistics")
     stats.add_argument(

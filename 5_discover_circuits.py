@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, add_model_arguments, add_task_arguments, positive_int, stage_main
+from lib.cli import Report, add_model_arguments, add_task_arguments, count, positive_int, stage_main
 from lib.spectral_options import add_pairing_arguments, add_spectral_arguments
 
 INTERVENTIONS = ("patching", "zero", "mean", "mean-positional")
@@ -115,7 +115,7 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--check_units",
-        type=int,
+        type=count,
         default=24,
         help="units that are really ablated to see whether the order of scores is better than chance; 0: none",
     )

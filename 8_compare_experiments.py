@@ -7,7 +7,7 @@ models that have every run. A run that found nothing counts as zero; one that is
 
 import argparse
 
-from lib.cli import Report, stage_main
+from lib.cli import Report, finite, stage_main
 from lib.reporting.session import add_report_arguments, flag
 
 
@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("comparison")
     choices = ["mcc", "f1", "balanced_accuracy", "tpr", "tnr"]
     flag(group, "rule_quality_metric", choices=choices, default="mcc", help="metric that is swept")
-    flag(group, "thr_min", type=float, default=0.70, help="lowest threshold")
-    flag(group, "thr_max", type=float, default=0.99, help="highest threshold")
-    flag(group, "thr_step", type=float, default=0.01, help="distance of thresholds")
+    flag(group, "thr_min", type=finite, default=0.70, help="lowest threshold")
+    flag(group, "thr_max", type=finite, default=0.99, help="highest threshold")
+    flag(group, "thr_step", type=finite, default=0.01, help="distance of thresholds")
     flag(
         group, "best_mode", default="tail@0.9", help="what makes a run the best of a panel: mean, median, tail@<value>"
     )

@@ -7,7 +7,7 @@ positive baseline; costs are given as group tests and in percent of N (brute for
 
 import argparse
 
-from lib.cli import Report, stage_main
+from lib.cli import Report, finite, stage_main
 from lib.reporting.session import add_report_arguments, flag
 
 
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "task_dir", required=True, help="a task's folder, data/<task>, or a .zip of it")
     flag(parser, "out_dir", default="results_cross_models", help="folder for the tables and figures")
     group = parser.add_argument_group("comparison")
-    flag(group, "tau", type=float, default=0.2, help="agonists have at least this max_effect")
-    flag(group, "eps", type=float, default=0.2, help="selective agonists have at least this |accuracy gap|")
+    flag(group, "tau", type=finite, default=0.2, help="agonists have at least this max_effect")
+    flag(group, "eps", type=finite, default=0.2, help="selective agonists have at least this |accuracy gap|")
     flag(group, "runs", default="all", help="all, or a comma list of run names")
     flag(group, "drop_incomplete_models", action="store_true", help="leave out models that lack one of the runs")
     add_report_arguments(parser, scopes="test")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, positive_int, require_file, stage_main
+from lib.cli import Report, finite, positive_int, require_file, stage_main
 
 DEFAULT_OUTPUT = "./data/bon_jailbreaking/dataset.json"
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--request_col", default="", help="its column; empty: the first known name, such as Behavior")
     parser.add_argument("--output", default=DEFAULT_OUTPUT, help="file to write")
     parser.add_argument("--n_samples", type=positive_int, default=16, help="variants per request")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[0.4], help="strengths of the noise, used in turn")
+    parser.add_argument("--sigma", type=finite, nargs="+", default=[0.4], help="strengths of the noise, used in turn")
     for noise in ("scrambling", "capitalization", "perturbation"):
         parser.add_argument(f"--{noise}", action=argparse.BooleanOptionalAction, default=True, help=f"apply {noise}")
 

@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 from lib.artifact_check import Check, ModelReport
+from lib.cli import CommandParser
 
 SIGNS = {"ok": "ok", "empty": "ok (no rules)", "broken": "BROKEN", "missing": "-"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Look, print, and say with the exit code whether there are problems."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent, help="the repository's folder")
     parser.add_argument("--strict", action="store_true", help="every run of the 3 x 3 x 5 grid must be there")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")

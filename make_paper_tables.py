@@ -7,7 +7,7 @@ it an error. Nothing is read from outside of --data_root.
 
 import argparse
 
-from lib.cli import Report, stage_main
+from lib.cli import Report, finite, positive_int, share, stage_main
 from lib.reporting.session import flag
 
 
@@ -40,16 +40,16 @@ def _add_rule_arguments(group: argparse._ArgumentGroup) -> None:
         help="comma list of test (held out), all_fit (descriptive) "
         "and, on request, test_selected (chosen on TEST: optimistic)",
     )
-    flag(group, "hq_test_threshold", type=float, default=0.70, help="MCC of a high-quality neuron on TEST")
-    flag(group, "hq_all_fit_threshold", type=float, default=0.70, help="and for ALL-FIT")
-    flag(group, "min_rule_dataset_coverage", type=float, default=0.005, help="rules that cover less do not count")
+    flag(group, "hq_test_threshold", type=finite, default=0.70, help="MCC of a high-quality neuron on TEST")
+    flag(group, "hq_all_fit_threshold", type=finite, default=0.70, help="and for ALL-FIT")
+    flag(group, "min_rule_dataset_coverage", type=share, default=0.005, help="rules that cover less do not count")
     flag(group, "thresholds", type=_numbers, default="0.7,0.75,0.8,0.85,0.9", help="thresholds of Table 2")
     flag(group, "table1_coverage_source", choices=["all", "hq"], default="all", help="neurons whose flips are counted")
     flag(group, "table1_coverage_score_scope", default="all_fit", help="rows on which they are counted")
 
 
 def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
-    flag(group, "tau", type=float, default=0.2, help="smallest effect of an agonist in Table 13")
+    flag(group, "tau", type=finite, default=0.2, help="smallest effect of an agonist in Table 13")
     flag(group, "table3_bins", default="0.2,0.3,0.5,1.0", help="edges of effect bins; the last bin is closed")
     flag(group, "table3_scope", choices=["all", "selected"], default="all", help="all models, or the one named next")
     flag(group, "table3_task", default="arithmetic", help="with --table3_scope selected")
@@ -57,7 +57,7 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     for number, n in (("10", 50), ("11", 10)):
         flag(group, f"table{number}_task", default="arithmetic", help="task shown")
         flag(group, f"table{number}_model", default=None, help="model shown (default: Qwen2-7B if there)")
-        flag(group, f"table{number}_topn", type=int, default=n, help="how many neurons")
+        flag(group, f"table{number}_topn", type=positive_int, default=n, help="how many neurons")
     flag(group, "cha_rank_metric", choices=["c2i", "i2c", "flip_any"], default="c2i", help="flips that rank neurons")
     flag(group, "table13_task_a", default="arithmetic", help="first task")
     flag(group, "table13_task_b", default="bon_jailbreaking", help="second task")

@@ -6,7 +6,7 @@ Neurons that only one run has count as zero in the deltas, and are left out of t
 
 import argparse
 
-from lib.cli import Report, stage_main
+from lib.cli import Report, positive_int, stage_main
 from lib.reporting.session import flag
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "candidate_dir", required=True, help="stats/<run> of the second")
     flag(parser, "output_csv", required=True, help="table of all neurons")
     flag(parser, "output_dir", default=None, help="folder of everything else (default: that of the table)")
-    flag(parser, "topk", type=int, default=30, help="neurons in the table of the largest changes")
+    flag(parser, "topk", type=positive_int, default=30, help="neurons in the table of the largest changes")
     flag(parser, "baseline_label", default="mean", help="name of the first intervention")
     flag(parser, "candidate_label", default="mean-donor", help="name of the second")
     flag(parser, "task_name", default=None, help="task, for the report (default: from the path)")

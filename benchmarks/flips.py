@@ -34,7 +34,8 @@ from lib.flip_rules import FitProblem, FitSettings  # noqa: E402
 from lib.neurons import Neuron, parse_neuron  # noqa: E402
 from lib.rule_metrics import rule_scores  # noqa: E402
 from lib.stages.flip_anchoring import ANSWERS_FILE, FlipAnchoring  # noqa: E402
-from tests.scripts import load_script, run_script  # noqa: E402
+from lib.stages.flip_options import add_flip_arguments  # noqa: E402
+from tests.scripts import run_script  # noqa: E402
 
 N_SHARE = 0.05
 PLANTS = {
@@ -108,7 +109,6 @@ def write_candidates(stage: FlipAnchoring, n_neurons: int, folder: Path) -> None
 
 def stage_arguments(paths: dict[str, Path], jobs: int) -> Namespace:
     """Flags of stage 7."""
-    script = load_script("7_refine_neuron_anchored_rules")
     argv = [
         "--circuit_agonists_path",
         str(paths["agonists"]),
@@ -127,7 +127,7 @@ def stage_arguments(paths: dict[str, Path], jobs: int) -> Namespace:
         "--batch_size",
         "256",
     ]
-    return build_parser(script.add_arguments, None).parse_args(argv)
+    return build_parser(add_flip_arguments, None).parse_args(argv)
 
 
 def against_naive(engine: TimedEngine, answers: AnswerLog, prompts: Sequence[str], share: float) -> dict[str, Any]:

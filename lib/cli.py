@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +121,38 @@ def positive_int(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def finite(text: str) -> float:
+    """argparse type: a number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def share(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def positive_share(text: str) -> float:
+    """argparse type: a number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
 def require_file(path: str | Path, what: str, hint: str) -> Path:
     """The path, if a file is there; else a `UserError` naming `what` and giving the `hint`."""
     path = Path(path)
@@ -140,11 +173,22 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Defaults after each flag, the description as written."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Refuses abbreviated flags, and says a mistake in one line instead of after a screen of usage."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with exit code 2."""
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
+
+
 def build_parser(
     add_arguments: Callable[[argparse.ArgumentParser], None], description: str | None
 ) -> argparse.ArgumentParser:
     """The parser of one command: its own flags and the shared run flags; abbreviations are refused."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = CommandParser(description=description, formatter_class=_Formatter)
     add_arguments(parser)
     add_run_arguments(parser)
     return parser
@@ -161,17 +205,22 @@ def stage_main(
     def main(argv: list[str] | None = None) -> int:
         args = build_parser(add_arguments, description).parse_args(argv)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        try:
-            return int(run(args, Report(quiet=args.quiet)) or 0)
-        except UserError as error:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-            return 2
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted; run the same command again to continue\n")
-            return 130
-        except BrokenPipeError:
-            # The reader of our output (head, less) has left: nobody to tell.
-            sys.stderr.close()
-            return 141
+        return exit_code(lambda: run(args, Report(quiet=args.quiet)))
 
     return main
+
+
+def exit_code(action: Callable[[], int | None]) -> int:
+    """The exit code of a command's action; a `UserError` or Ctrl-C is told in one line."""
+    try:
+        return int(action() or 0)
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left: nobody to tell.
+        sys.stderr.close()
+        return 141

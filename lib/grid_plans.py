@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.cli import Report, UserError
+from lib.cli import CommandParser, Report, UserError, exit_code, finite, positive_int, share
 from lib.grid import MODELS, Cell, Selection, extra_flags, sensitivity_cells
 from lib.grid_runner import REPOSITORY, Step, cell_paths, cell_step, one_data_root, parse_pipeline, run_steps
 from lib.pipeline_plan import MEAN_POINTS, PipelinePlan
@@ -208,16 +208,16 @@ def add_tables_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of run_paper_tables_generation.sh; dashes and underscores are the same."""
     parser.add_argument("data_root", nargs="?", help="folder of results, or a .zip (default: data)")
     parser.add_argument("out_dir", nargs="?", help="where the tables go (default: paper_tables)")
-    parser.add_argument("--test_threshold", "--primary_threshold", type=float, default=0.70, help="MCC of HQ on TEST")
-    parser.add_argument("--all_fit_threshold", type=float, default=0.70, help="MCC of HQ on ALL-FIT")
+    parser.add_argument("--test_threshold", "--primary_threshold", type=finite, default=0.70, help="MCC of HQ on TEST")
+    parser.add_argument("--all_fit_threshold", type=finite, default=0.70, help="MCC of HQ on ALL-FIT")
     parser.add_argument("--score_scopes", default="test,all_fit", help="scopes of the tables")
     parser.add_argument("--stats_score_scope", default="both", help="scopes of the method comparison")
     parser.add_argument("--sample_stat", default="mean", help="per-neuron statistic of the method comparison")
-    parser.add_argument("--n_boot", type=int, default=10_000, help="bootstrap draws of the method comparison")
+    parser.add_argument("--n_boot", type=positive_int, default=10_000, help="bootstrap draws of the method comparison")
     parser.add_argument(
         "--min_rule_dataset_coverage",
-        type=float,
-        default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")),
+        type=share,
+        default=os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005"),
         help="support floor",
     )
 
@@ -286,10 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run or print the steps of a plan."""
     argv = sys.argv[1:] if argv is None else argv
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m lib.grid_plans",
         description=__doc__,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plans = parser.add_subparsers(dest="plan", required=True)
@@ -303,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     known = [_underscores(word) for word in argv[:split]]
     args, unknown = parser.parse_known_args(known)
     report = Report()
-    try:
+
+    def run() -> int:
         if unknown:
             hint = "see --help" if args.plan == "tables" else "options for the pipeline come after --"
             raise UserError(f"unknown option: {' '.join(unknown)}; {hint}")
@@ -311,12 +311,8 @@ def main(argv: list[str] | None = None) -> int:
             return run_tables(args, report)
         choices = {"runs_only": args.runs_only} if args.plan == "experiments" else {}
         return run_steps(PLANS[args.plan](extra_flags(argv[split + 1 :]), **choices), report, dry_run=args.dry_run)
-    except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to continue\n")
-        return 130
+
+    return exit_code(run)
 
 
 def _underscores(word: str) -> str:

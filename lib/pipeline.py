@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, stage_main
+from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, share, stage_main
 from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module, task_settings
 from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunPaths
 from lib.task_spec import add_task_settings
@@ -91,8 +91,8 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no_llm", action="store_true", help="only the task's own features")
     group.add_argument("--z_thresh", type=int, default=-1,
                        help="drop features whose robust z-score exceeds this; -1: keep them")
-    group.add_argument("--min_rule_dataset_coverage", type=float,
-                       default=float(os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005")),
+    group.add_argument("--min_rule_dataset_coverage", type=share,
+                       default=os.environ.get("MIN_RULE_DATASET_COVERAGE", "0.005"),
                        help="smallest share of the rows that a reported rule covers")
 
 

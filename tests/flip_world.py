@@ -14,8 +14,8 @@ import pandas as pd
 
 from lib.flip_measuring import LoadedEngine
 from lib.neurons import Neuron
+from lib.stages.flip_options import add_flip_arguments
 from lib.task_spec import AnswerScore, FeatureTaskSpec
-from tests.scripts import load_script
 
 FEATURES = ("operand_a", "operand_b", "parity")
 Planted = Callable[[pd.DataFrame], np.ndarray]
@@ -120,7 +120,6 @@ def stage_arguments(paths: Mapping[str, Path], *flags: str) -> Namespace:
     """Parsed flags of stage 7 for a world, everything switched on, one process."""
     from lib.cli import build_parser
 
-    script = load_script("7_refine_neuron_anchored_rules")
     argv = [
         "--circuit_agonists_path",
         str(paths["agonists"]),
@@ -140,4 +139,4 @@ def stage_arguments(paths: Mapping[str, Path], *flags: str) -> Namespace:
         "1",
         *flags,
     ]
-    return build_parser(script.add_arguments, None).parse_args(argv)
+    return build_parser(add_flip_arguments, None).parse_args(argv)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.cli import Report, UserError
+from lib.cli import Report, UserError, share
 from lib.reporting.issues import IssueLog
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, *, scopes: str) -> Non
     flag(
         group,
         "min_rule_dataset_coverage",
-        type=float,
+        type=share,
         default=0.005,
         help="rules that cover a smaller share of the datapoints do not count",
     )

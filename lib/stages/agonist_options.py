@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import add_model_arguments, add_task_arguments, positive_int
+from lib.cli import add_model_arguments, add_task_arguments, count, finite, positive_int, positive_share, share
 
 
 def add_agonist_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_agonist_arguments(parser: argparse.ArgumentParser) -> None:
     _add_path_arguments(parser)
     _add_datapoint_arguments(parser)
     _add_candidate_arguments(parser)
-    _add_intervention_arguments(parser)
+    add_ablation_arguments(parser, default="zero")
     _add_search_arguments(parser)
     _add_diagnostic_arguments(parser)
 
@@ -50,11 +50,11 @@ def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--n_unrelated", type=positive_int, default=100, help="search datapoints that it does not")
     group.add_argument(
         "--max_noise",
-        type=float,
+        type=share,
         default=0.2,
         help="replace search datapoints that more than this share of random weak groups flips; 1 keeps all",
     )
-    group.add_argument("--n_confirm", type=int, default=64, help="fresh datapoints per slice to confirm agonists on")
+    group.add_argument("--n_confirm", type=count, default=64, help="fresh datapoints per slice to confirm agonists on")
 
 
 def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +78,12 @@ def _add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_intervention_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ablating a neuron means."""
+def add_ablation_arguments(parser: argparse.ArgumentParser, *, default: str) -> argparse._ArgumentGroup:
+    """What ablating a neuron means, in stages 6 and 7; the group, for more flags."""
     group = parser.add_argument_group("intervention")
     group.add_argument(
         "--intervention",
-        default="zero",
+        default=default,
         choices=["zero", "mean", "mean-positional", "mean-donor", "mean-donor-positional", "resample"],
         help="what replaces an ablated activation",
     )
@@ -98,6 +98,7 @@ def _add_intervention_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --decode_only: from the last prompt token, or (as published) from the first generated token",
     )
     group.add_argument("--memory_mb", type=positive_int, default=700, help="working memory of the ablation engine")
+    return group
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,8 +116,8 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sign_split_first", action="store_true", help="split first by the sign of the attribution score"
     )
-    group.add_argument("--search_epsilon", type=float, default=0.2, help="smallest flip rate worth finding")
-    group.add_argument("--prune_alpha", type=float, default=0.05, help="probability of pruning a group that has it")
+    group.add_argument("--search_epsilon", type=positive_share, default=0.2, help="smallest flip rate worth finding")
+    group.add_argument("--prune_alpha", type=positive_share, default=0.05, help="chance of pruning a group that has it")
     group.add_argument("--fixed_n", action="store_true", help="test every group on all datapoints (published)")
     group.add_argument(
         "--looks",
@@ -131,7 +132,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dense_size",
-        type=int,
+        type=count,
         default=0,
         help="test subtrees of up to this many candidates one by one where all their groups proved positive",
     )
@@ -141,16 +142,16 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="largest group to start from (default: 64 in the negative regime, none in the positive one)",
     )
-    group.add_argument("--audit_members", type=int, default=32, help="random members of pruned groups to test alone")
+    group.add_argument("--audit_members", type=count, default=32, help="random members of pruned groups to test alone")
     group.add_argument(
         "--min_selectivity",
-        type=float,
+        type=finite,
         default=None,
         help="keep agonists whose associated flip rate exceeds the unrelated one by at least this",
     )
     group.add_argument(
         "--catastrophic_acc_tol",
-        type=float,
+        type=share,
         default=1e-12,
         help="share left unflipped by a neuron that still counts as flipping everything",
     )
