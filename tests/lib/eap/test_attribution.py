@@ -1,5 +1,6 @@
 """Attribution against a slow, independent implementation, on every supported family."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,6 +11,7 @@ from lib.eap.attribution import attribute_writes
 from lib.eap.metrics import Metric, TokenAggregation
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method
 from lib.interventions import Intervention, ReplacementTable
+from lib.modeling_and_ablation import LanguageModel
 from tests.lib.eap.cases import equal_length_pairs, mixed_pairs
 from tests.lib.eap.naive import NaivePair, NaiveRun, naive_scores
 from tests.models import FAMILIES, tiny_model
@@ -144,20 +146,46 @@ def test_first_order_scores_of_whole_writes_are_sums_pair_by_pair(method):
     assert_close(whole.magnitude.mlp[:, 0], sum(values.abs() for values in alone))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("decode_only", [False, True])
-def test_input_scores_add_up_to_the_metric_change(family, decode_only):
-    # Completeness of integrated gradients: the sum over input coordinates is the metric between the path's two ends.
-    # (Random models curve wildly; with this seed 32 midpoints are enough on all four.)
-    lm = tiny_model(family, seed=1)
-    settings = AttributionSettings(decode_only=decode_only, n_steps=32)
+def completeness_error(lm, decode_only, n_steps):
+    """|sum of all input scores - metric change between the path's ends|, as a share of the pairs' |changes|."""
+    settings = AttributionSettings(decode_only=decode_only, n_steps=n_steps)
     scores = attribute_writes(lm, equal_length_pairs(lm), settings, batch_size=4)
-    expected = 0.0
+    changes = []
     for pair in equal_length_pairs(lm):
         naive = NaivePair(lm, pair, settings)
-        end = NaiveRun(lm, naive.clean.embeddings + naive.embedding_change())
-        expected += float(naive.metric(end) - naive.metric(naive.clean))
-    assert float(scores.signed.embedding.sum()) == pytest.approx(expected, rel=0.01)
+        with torch.no_grad():
+            end = NaiveRun(lm, naive.clean.embeddings + naive.embedding_change())
+            changes.append(float(naive.metric(end) - naive.metric(naive.clean)))
+    return abs(float(scores.signed.embedding.sum()) - sum(changes)) / sum(map(abs, changes))
+
+
+def smoother(lm):
+    """The model with halved weight matrices: as curved as a trained model, not as the wild ones that these tests use."""
+    model = copy.deepcopy(lm.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.5)
+    return LanguageModel(model, lm.tokenizer, lm.name)
+
+
+# Completeness of integrated gradients: input scores add up to the metric's change between the path's two ends. What is
+# missing is the error of the midpoint rule, which depends on how sharply the metric bends along the path.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_input_scores_add_up_to_the_metric_change(family, seed):
+    for decode_only in (False, True):
+        assert completeness_error(smoother(tiny_model(family, seed=seed)), decode_only, n_steps=32) < 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_what_is_missing_from_the_sum_vanishes_with_more_steps(family, seed):
+    # Seeds with up to 35 % of error at 32 steps.
+    for decode_only in (False, True):
+        assert completeness_error(tiny_model(family, seed=seed), decode_only, n_steps=512) < 0.001
 
 
 @pytest.mark.parametrize("family", FAMILIES)
