@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)\Z")
 _MLP_LAST_LINEAR = ("down_proj", "c_proj", "fc_out")
+_MLP_FIRST_LINEAR = ("gate_proj", "c_fc", "fc_in")
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,51 @@ def _outer_sites(language_model: LanguageModel) -> dict[str, HookSite]:
     norm = language_model.final_norm
     return {
         "hook_embed": HookSite(language_model.model.get_input_embeddings()),
-        "ln_final.hook_normalized": HookSite(norm, is_input=True, transform=lambda x: normalise(norm, x)),
+        "ln_final.hook_normalized": HookSite(norm, is_input=True, transform=partial(normalise, norm)),
         "ln_final.hook_out": HookSite(norm),
     }
 
 
 def _block_sites(language_model: LanguageModel, layer: int) -> dict[str, HookSite]:
     block, mlp = language_model.blocks[layer], language_model.mlp(layer)
+    norm = language_model.attention_norm(layer)
     sites = {
         "hook_resid_pre": HookSite(block, is_input=True),
         "hook_resid_post": HookSite(block),
         "hook_attn_out": HookSite(language_model.attention_output(layer)),
         "hook_mlp_out": HookSite(mlp),
         "attn.hook_z": HookSite(language_model.attention_output(layer), is_input=True),
+        "ln1.hook_normalized": HookSite(norm, is_input=True, transform=partial(normalise, norm)),
+        **_projection_sites(language_model.attention(layer), language_model.d_model),
     }
     if not language_model.is_parallel:
-        sites["hook_resid_mid"] = HookSite(getattr(block, language_model.family.mid_norm), is_input=True)
+        mid_norm = getattr(block, language_model.family.mid_norm)
+        sites["hook_resid_mid"] = HookSite(mid_norm, is_input=True)
+        sites["ln2.hook_normalized"] = HookSite(mid_norm, is_input=True, transform=partial(normalise, mid_norm))
+    for name in _MLP_FIRST_LINEAR:
+        if hasattr(mlp, name):
+            sites["mlp.hook_pre"] = HookSite(getattr(mlp, name))
     for name in _MLP_LAST_LINEAR:
         if hasattr(mlp, name):
             sites["mlp.hook_post"] = HookSite(getattr(mlp, name), is_input=True)
     return sites
+
+
+def _projection_sites(attention: nn.Module, d_model: int) -> dict[str, HookSite]:
+    """Queries, keys and values of all heads side by side, before any rotation by position."""
+    sites = {}
+    for place, reader in enumerate("qkv"):
+        if hasattr(attention, "c_attn"):
+            columns = slice(place * d_model, (place + 1) * d_model)
+            module, transform = attention.c_attn, partial(_columns, columns)
+        else:
+            module, transform = getattr(attention, f"{reader}_proj"), torch.Tensor.detach
+        sites[f"attn.hook_{reader}"] = HookSite(module, transform=transform)
+    return sites
+
+
+def _columns(columns: slice, x: torch.Tensor) -> torch.Tensor:
+    return x.detach()[..., columns]
 
 
 def normalise(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -223,6 +223,11 @@ class LanguageModel:
         """The attention module of a layer."""
         return getattr(self.blocks[layer], self.family.attention)
 
+    def attention_norm(self, layer: int) -> nn.Module:
+        """The norm whose output a layer's attention reads."""
+        block = self.blocks[layer]
+        return block.ln_1 if hasattr(block, "ln_1") else block.input_layernorm
+
     def attention_output(self, layer: int) -> nn.Module:
         """The output projection of a layer's attention; its input is [batch, position, n_heads * d_head]."""
         return getattr(self.attention(layer), self.family.attention_output)

@@ -55,12 +55,6 @@ def projections(language_model: LanguageModel, layer: int) -> dict[str, Projecti
     return found
 
 
-def attention_norm(language_model: LanguageModel, layer: int) -> nn.Module:
-    """The norm whose output a layer's attention reads."""
-    block = language_model.blocks[layer]
-    return block.ln_1 if hasattr(block, "ln_1") else block.input_layernorm
-
-
 def norm_gradient(norm: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient at a norm's input `x` [..., d_model] from that at its output (leading axes may broadcast)."""
     x, scaled = x.float(), gradient.float() * norm.weight.float()
@@ -101,7 +95,7 @@ class SplitInputs:
                 by_head = gradients[reader, layer].unflatten(-1, (language_model.n_heads, language_model.d_head))
                 normed = torch.einsum("rche,hed->rhcd", by_head.float(), projection.weight.float())
                 residual = self.attention_residuals[layer].detach()[:, None]
-                yield reader, layer, norm_gradient(attention_norm(language_model, layer), residual, normed)
+                yield reader, layer, norm_gradient(language_model.attention_norm(layer), residual, normed)
             residual = self.mlp_residuals[layer].detach()
             yield "m", layer, norm_gradient(mlp_norm(language_model, layer), residual, gradients["m", layer])
         yield "logits", -1, gradients["logits", -1].float()
@@ -154,7 +148,7 @@ def _layer_hooks(kept: SplitInputs, layer: int, shift: Shift | None) -> list[tor
         kept.mlp_inputs[layer] = value
         return (value, *inputs[1:])
 
-    norm = attention_norm(language_model, layer)
+    norm = language_model.attention_norm(layer)
     handles = [norm.register_forward_pre_hook(keep_residual(kept.attention_residuals))]
     handles.append(mlp_norm(language_model, layer).register_forward_pre_hook(keep_residual(kept.mlp_residuals)))
     handles.append(language_model.mlp(layer).register_forward_pre_hook(mlp_input))

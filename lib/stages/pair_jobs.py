@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from lib import spectral_analysis as spectral
-from lib.artifacts import expecting, read_json
+from lib.artifacts import expecting, file_digest, read_json
 from lib.cli import UserError, rng
 from lib.pairing import pair_by_similarity, pairing_report
+from lib.scores_table import ScoresTable
 from lib.stages.prompt_space import PromptSpace
 from lib.text_and_rules import StoredRule
 
@@ -66,26 +67,28 @@ def plan_jobs(path: Path, rules: Sequence[StoredRule], space: PromptSpace, args:
     plan = read_json(path, "sampling plan (stage 4)")
     table = space.table
     all_rows = table.subset_rows("all")
-    if not isinstance(plan, dict) or not isinstance(plan.get("rules"), list):
-        raise UserError(f"{path} is not a sampling plan; run stage 4 again")
-    if plan.get("baseline_subset") != "all":
-        subset = plan.get("baseline_subset")
-        raise UserError(f"{path} samples the subset {subset!r}; stage 5 needs a plan made with --baseline_subset all")
-    if plan.get("dataset_size") != len(all_rows):
-        raise UserError(
-            f"{path} was made for {plan.get('dataset_size')} TRAIN rows, {table.path} has {len(all_rows)}; "
-            "run stage 4 again"
-        )
     with expecting("a sampling plan of stage 4", path):
-        entries = {
-            (entry["rule_target"], entry["rule_id"]): entry
-            for entry in plan["rules"]
-            if isinstance(entry, dict) and "rule_id" in entry and "rule_target" in entry
-        }
+        check_plan(plan, path, table, all_rows, args.ai_model)
+        entries = {(entry["rule_target"], entry["rule_id"]): entry for entry in plan["rules"]}
         return [
             _plan_job(entries.get((table.primary_target, rule.rule_id)), rule, path, all_rows, space, args)
             for rule in rules
         ]
+
+
+def check_plan(plan: dict[str, Any], path: Path, table: ScoresTable, rows: np.ndarray, ai_model: str) -> None:
+    """Refuse a plan that belongs to other data. Published plans hold no digest of the table: there its size decides."""
+    if plan["baseline_subset"] != "all":
+        subset = plan["baseline_subset"]
+        raise UserError(f"{path} samples the subset {subset!r}; stage 5 needs a plan made with --baseline_subset all")
+    if plan["dataset_size"] != len(rows):
+        raise UserError(
+            f"{path} was made for {plan['dataset_size']} TRAIN rows, {table.path} has {len(rows)}; run stage 4 again"
+        )
+    if plan.get("scores_sha256", file_digest(table.path)) != file_digest(table.path):
+        raise UserError(f"{path} was made from other contents of {table.path}; run stage 4 again")
+    if plan.get("ai_model", ai_model) != ai_model:
+        raise UserError(f"{path} was made for the model {plan['ai_model']}, not {ai_model}; run stage 4 again")
 
 
 def _plan_job(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib import spectral_analysis as spectral
-from lib.artifacts import StageRecord, write_json
+from lib.artifacts import StageRecord, file_digest, write_json
 from lib.cli import Report, UserError, rng
 from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
@@ -166,6 +166,7 @@ class SamplingPlanner:
         return {
             "schema_version": PLAN_SCHEMA_VERSION,
             "scores_path": self.table.path.as_posix(),
+            "scores_sha256": file_digest(self.table.path),
             "prompt_col": self.table.prompt_col,
             "baseline_subset": args.baseline_subset,
             "ai_model": args.ai_model,

@@ -1,6 +1,7 @@
 """Representations of prompts: against plain hooks, and through the cache."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ HOOKS = [
     "blocks.0.hook_attn_out",
     "blocks.1.attn.hook_z",
     "blocks.0.mlp.hook_post",
+    "blocks.1.attn.hook_v",
 ]
 
 
@@ -53,6 +55,36 @@ def test_normalised_residual_is_taken_before_the_gain(family):
         expected = x / (x.pow(2).mean() + lm.final_norm.variance_epsilon).sqrt()
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - seen["y"][0, -1].numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_inside_a_block_follow_from_each_other(family):
+    lm, layer = tiny_model(family), 1
+    names = ["ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hook_pre", "mlp.hook_post"]
+    found = {}
+    handles = [find_hook_site(lm, f"blocks.{layer}.{name}").watch(partial(found.__setitem__, name)) for name in names]
+    with torch.no_grad():
+        lm.model(torch.tensor(lm.tokenize(PROMPTS[:1])))
+    for handle in handles:
+        handle.remove()
+    norm, attention, mlp = lm.attention_norm(layer), lm.attention(layer), lm.mlp(layer)
+    normed = found["ln1.hook_normalized"] * norm.weight + getattr(norm, "bias", 0)
+    for place, reader in enumerate("qkv"):
+        if family == "gpt2":
+            own = slice(place * lm.d_model, (place + 1) * lm.d_model)
+            weight, bias = attention.c_attn.weight[:, own].T, attention.c_attn.bias[own]
+        else:
+            module = getattr(attention, f"{reader}_proj")
+            weight, bias = module.weight, module.bias
+        expected = torch.nn.functional.linear(normed, weight, bias)
+        torch.testing.assert_close(found[f"attn.hook_{reader}"], expected, rtol=1e-4, atol=1e-4)
+    activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.act
+    ratio = found["mlp.hook_post"] / activation(found["mlp.hook_pre"])
+    if family in ("gpt2", "gptj"):
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=1e-4, atol=1e-4)
+    else:
+        # The other factor of a gated MLP.
+        assert ratio.isfinite().all() and ratio.std() > 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)

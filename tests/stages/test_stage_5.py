@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.artifacts import read_npz
+from lib.artifacts import read_json, read_npz, write_json
 from tests.scripts import load_script, run_script
 from tests.stages.small_world import make_world, stage_4_arguments, stage_5_arguments
 
@@ -306,6 +306,24 @@ def test_mistakes_are_one_line_and_exit_2(world, capsys, extra, message):
 
     assert run_script(SCRIPT, [*stage_5_arguments(world), "--output_data_dir", str(world / "wrong"), *extra]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores_sha256": "0" * 64}, "other contents of"),
+        ({"ai_model": "someone/else"}, "was made for the model someone/else"),
+        ({"dataset_size": 7}, "was made for 7 TRAIN rows"),
+        ({"rules": [{"rule_id": 0}]}, "sampling plan"),
+        ({"rules": 3}, "sampling plan"),
+    ],
+)
+def test_a_plan_of_other_data_is_refused(world, capsys, change, message):
+    plan = read_json(world / "plan.json", "plan")
+    write_json(world / "other.json", {**plan, **change})
+    arguments = [*stage_5_arguments(world), "--sampling_plan_path", str(world / "other.json")]
+    assert run_script(SCRIPT, [*arguments, "--output_data_dir", str(world / "refused")]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_plan_of_another_subset_is_refused(world, capsys):

@@ -160,7 +160,7 @@ def completeness_error(lm, decode_only, n_steps):
 
 
 def smoother(lm):
-    """The model with halved weight matrices: as curved as a trained model, not as the wild ones that these tests use."""
+    """The model with halved weight matrices: bends like a trained one, not as wildly as the models of these tests."""
     model = copy.deepcopy(lm.model)
     with torch.no_grad():
         for parameter in model.parameters():
