@@ -3,12 +3,12 @@
 To write a task, subclass `FeatureTaskSpec` in a module of your own and bind an instance to `TASK_SPEC` there:
 
     class MySettings(TaskSettings): ...   # a frozen dataclass; each field, made with `setting()`, is a flag of stage 1
-    class MyTask(FeatureTaskSpec): ...    # the abstract methods below; the others have defaults
+    class MyTask(FeatureTaskSpec): ...    # the two abstract methods below; the others have defaults
     TASK_SPEC = MyTask()
 
 and give `--task_module my_package.my_module` to every stage. Stage 1 records the settings; later stages get the task as
 stage 1 ran it from `resolve_task_spec(module, features_scores_dir)`, so its flags are typed once. A task module should
-import nothing heavy at its top: it is loaded to print `--help`.
+import nothing heavy at its top: it is loaded to print `--help`. `docs/tasks.md` has a complete example.
 """
 
 from __future__ import annotations
@@ -193,18 +193,6 @@ class FeatureTaskSpec(ABC):
         """The datapoints, each with the prompt (stripped, as the model will see it) and whatever scoring needs."""
 
     @abstractmethod
-    def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> Any:
-        """The content of `llm_io_data.pkl`: built-in containers and scalars only."""
-
-    @abstractmethod
-    def dataset_from_cache(self, cache: Any) -> pd.DataFrame:
-        """One row per datapoint: prompt, answer, targets (boolean, missing if unknown), other columns.
-
-        Raises:
-            UserError: the content is not this task's.
-        """
-
-    @abstractmethod
     def score_answers(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[AnswerScore]:
         """The label of each answer to the prompt of its row (a row of `scores.csv` as a dictionary)."""
 
@@ -220,6 +208,27 @@ class FeatureTaskSpec(ABC):
             raise UserError(f"{len(unknown)} of {len(scores)} answers have no label ({unknown[0]}); "
                             "mend the cause and run again")
         return [bool(score.label) for score in scores]
+
+    def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> Any:
+        """The content of `llm_io_data.pkl`, built-in containers and scalars only: by default one dictionary per
+        datapoint, the example with its answer and its label."""
+        scores = self.score_answers(examples, answers)
+        return [{**example, self.DEFAULT_OUTPUT: answer, self.DEFAULT_TARGETS[0]: score.label}
+                for example, answer, score in zip(examples, answers, scores, strict=True)]
+
+    def dataset_from_cache(self, cache: Any) -> pd.DataFrame:
+        """One row per datapoint: prompt, answer, targets (boolean, missing if unknown), other columns.
+
+        Raises:
+            UserError: the content is not this task's.
+        """
+        import pandas as pd
+
+        needed = {self.DEFAULT_INPUT, self.DEFAULT_OUTPUT, *self.DEFAULT_TARGETS}
+        if not isinstance(cache, list) or not cache or not all(isinstance(i, dict) and needed <= set(i) for i in cache):
+            raise UserError(f"not a cache of answers of the task {self.NAME} (dictionaries with "
+                            f"{', '.join(sorted(needed))}), or empty; is it another task's?")
+        return typed_labels(pd.DataFrame(cache), self.DEFAULT_TARGETS)
 
     def mend_labels(self, cache: Any) -> Any | None:
         """The cache with labels that could not be made before; None if there is nothing to mend or it failed again."""
@@ -246,6 +255,20 @@ class FeatureTaskSpec(ABC):
     def native_columns(self, frame: pd.DataFrame) -> Mapping[str, np.ndarray]:
         """Columns [row] that the seed features compute from, parsed once for the whole table."""
         return {name: frame[name].to_numpy() for name in frame.columns}
+
+
+def typed_labels(frame: pd.DataFrame, targets: Sequence[str]) -> pd.DataFrame:
+    """The frame with its target columns as booleans, nullable ones where a label is not known.
+
+    Raises:
+        UserError: a label is something else.
+    """
+    for name in targets:
+        known = frame[name].dropna()
+        if not known.map(lambda label: isinstance(label, bool)).all():
+            raise UserError(f"the label {name} of a datapoint is neither true nor false nor unknown")
+        frame[name] = frame[name].astype(bool if len(known) == len(frame) else "boolean")
+    return frame
 
 
 def target_statistics(frame: pd.DataFrame, targets: Sequence[str]) -> dict[str, Any]:

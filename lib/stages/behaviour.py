@@ -24,7 +24,7 @@ from lib.artifacts import (
     write_pickle,
 )
 from lib.cli import Report, UserError
-from lib.task_spec import FeatureTaskSpec, resolve_task_spec
+from lib.task_spec import FeatureTaskSpec, resolve_task_spec, typed_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,12 +72,7 @@ def read_dataset(cache_path: Path, task: FeatureTaskSpec) -> pd.DataFrame:
     if not records or not all(isinstance(record, dict) and names <= set(record) for record in records):
         raise UserError(f"{cache_path} is not a cache of answers of the task {task.NAME}: each line needs "
                         f"{', '.join(sorted(names))}")
-    frame = pd.DataFrame(records)
-    for target in task.DEFAULT_TARGETS:
-        if not frame[target].map(lambda label: label is None or isinstance(label, bool)).all():
-            raise UserError(f"{cache_path}: the label {target} must be true, false or null")
-        frame[target] = frame[target].astype("boolean" if frame[target].isna().any() else bool)
-    return frame
+    return typed_labels(pd.DataFrame(records), task.DEFAULT_TARGETS)
 
 
 def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:

@@ -204,12 +204,6 @@ class TableTask(FeatureTaskSpec):
             return has_ended(text) or number_has_ended(text.lstrip().replace("−", "-"))
         return False
 
-    def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[dict[str, Any]]:
-        """One dictionary per row of the table."""
-        scores = self.score_answers(examples, answers)
-        return [{**example, "raw_output": answer, "is_correct": score.label}
-                for example, answer, score in zip(examples, answers, scores, strict=True)]
-
     def dataset_from_cache(self, cache: Any) -> pd.DataFrame:
         """One row per prompt; the table's feature columns come with the prefix `input_`."""
         import pandas as pd
