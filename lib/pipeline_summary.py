@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts import read_json
+from lib.artifacts import expecting, read_json
 from lib.cli import Report, UserError
 from lib.neurons import parse_neuron
 from lib.run_names import REGIMES, RunPaths
@@ -28,7 +28,8 @@ DIRECTIONS = {"flip_c2i_": "true -> false", "flip_i2c_": "false -> true", "flip_
 def print_summary(paths: RunPaths, report: Report) -> None:
     """Print every part; `paths` must be readable from the present working folder."""
     report.heading(f"{paths.task} on {paths.ai_model}")
-    for title, part in (("Behaviour", _behaviour), ("Rules of the behaviour", _rules), ("Agonist neurons", _agonists),
+    for title, part in (("Behaviour", _behaviour), ("Rules of the behaviour", _rules),
+                        ("Candidate neurons", _candidates), ("Agonist neurons", _agonists),
                         ("Flips of the agonists", _flips), ("Neuron-anchored rules", _anchored_rules)):
         report.line(f"\n{title}")
         try:
@@ -76,6 +77,14 @@ def _rules(paths: RunPaths) -> list[str]:
             lines.append(f"    {scope} MCC {_number(scores, 'MCC')}, precision {_number(scores, 'P(target=1|fire)')}, "
                          f"recall {_number(scores, 'TPR')}, covers {_percent(_float(scores, 'dataset_coverage'))}")
     return lines or ["none"]
+
+
+def _candidates(paths: RunPaths) -> list[str]:
+    """What was kept for each rule or cluster, and whether the order of the scores is better than chance."""
+    path = paths.circuits_dir / "run_metadata.json"
+    record = read_json(path, "candidate neurons (stage 5)")
+    with expecting("the record of a finished run", path):
+        return [line.strip() for line in record["summary"]["lines"]] or ["none"]
 
 
 def _agonists(paths: RunPaths) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib import pipeline
+from lib.artifacts import write_json
 from lib.cli import Report, build_parser
 from lib.pipeline_plan import PipelinePlan, StageCall
 from tests.scripts import REPOSITORY, load_script
@@ -163,6 +164,16 @@ def test_first_failing_stage_stops_the_pipeline_with_its_code(three_stages, capf
     assert pipeline.run(parse(), Report()) == code
     assert log.read_text() == "12"
     assert "stage 2 (part 2)" in capfd.readouterr().err
+
+
+def test_summary_tells_attribution_that_is_no_better_than_chance(three_stages, tmp_path, capfd):
+    three_stages("")
+    args = parse("--data_root", str(tmp_path / "data"))
+    line = "rule 0: 8 pairs, 3 of 48 neurons kept (6.2%), rank agreement 0.01 (NO BETTER THAN CHANCE)"
+    folder = pipeline.resolve(args).circuits_dir
+    write_json(folder / "run_metadata.json", {"summary": {"lines": ["  " + line]}})
+    assert pipeline.run(args, Report()) == 0
+    assert f"Candidate neurons\n  {line}\n" in capfd.readouterr().out
 
 
 def test_summary_after_stages_that_left_nothing_says_so(three_stages, tmp_path, capfd):

@@ -126,6 +126,7 @@ def test_run_leaves_the_promised_files_and_names_an_agonist_with_its_rule(finish
     summary = printed[printed.index("==== arithmetic on SmolLM2-135M-Instruct"):]
     assert "480 prompts" in summary
     assert "not available" not in summary
+    assert "neurons kept" in summary and "rank agreement with" in summary
     assert any(f"  {name} " in summary for name in names)
     report = Path(summary.rpartition("Report to look at: ")[2].strip())
     page = report.read_text(encoding="utf-8")
