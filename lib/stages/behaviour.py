@@ -37,6 +37,8 @@ PROMPTS_PER_SHARD = 256
 CACHE = "cache of answers (stage 1)"
 PLAIN_SUFFIX = ".jsonl"
 ROWS_PER_BLOCK = 10_000
+MANY_EMPTY = 0.5
+"""More empty answers than this share, and stage 1 says what to do."""
 
 
 def answers_record_path(cache_path: str | Path) -> Path:
@@ -179,9 +181,15 @@ class BehaviourCache:
                 self.record.finish(outputs, started=started, summary=self.record.summary())
             report.line("labels that were missing have been added")
 
-    def statistics(self) -> dict[str, Any]:
-        """The task's statistics of the labelled answers."""
-        return plain(self.task.get_basic_statistics(read_dataset(self.path, self.task)))
+    def statistics(self, report: Report) -> dict[str, Any]:
+        """The task's statistics of the labelled answers; says so if the model hardly answers at all."""
+        frame = read_dataset(self.path, self.task)
+        n_empty = int((frame[self.task.DEFAULT_OUTPUT].str.strip() == "").sum())
+        if n_empty > MANY_EMPTY * len(frame):
+            report.line(f"warning: {n_empty} of {len(frame)} answers are empty: the model ends at once. Models tuned "
+                        "for chat often do so on a bare question; give the prompt a form that calls for an answer, "
+                        "such as 'Question: ...', line break, 'Answer:'")
+        return plain(self.task.get_basic_statistics(frame))
 
 
 def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
@@ -251,7 +259,7 @@ def generate_prompts_and_answers(args: argparse.Namespace, report: Report) -> No
     else:
         report.line(f"stage 1 is up to date: {cache.path}")
         cache.mend_labels(report)
-    statistics = cache.statistics()
+    statistics = cache.statistics(report)
     report.heading("Basic Statistics")
     report.line(json_text(statistics))
     if args.stats_json_out:

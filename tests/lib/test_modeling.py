@@ -30,6 +30,27 @@ def test_batching_does_not_change_answers(family):
     assert lm.generate(prompts, 5, batch_size=4) == [lm.generate([prompt], 5)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_batch_that_does_not_fit_is_halved_and_answers_stay_the_same(error, monkeypatch):
+    lm = tiny_model("llama", seed=2)
+    prompts = [f"{number}+{number * 7}=" for number in range(11)]
+    whole = lm.generate(prompts, 3)
+    original, sizes = type(lm)._generate_batch, []
+
+    def small_memory(self, ids, *rest):
+        sizes.append(len(ids))
+        if len(ids) > 3:
+            raise error("too much")
+        return original(self, ids, *rest)
+
+    monkeypatch.setattr(type(lm), "_generate_batch", small_memory)
+    assert lm.generate(prompts, 3, batch_size=10) == whole
+    assert sizes == [10, 5, 3, 3, 3, 2]
+    monkeypatch.setattr(type(lm), "_generate_batch", lambda *args: (_ for _ in ()).throw(error("too much")))
+    with pytest.raises(UserError, match="one prompt does not fit"):
+        lm.generate(prompts, 3, batch_size=10)
+
+
 def test_bos_is_part_of_the_tokens():
     assert tiny_model("llama").tokenize(["1+"])[0][0] != 2
     assert tiny_model("llama", with_bos=True).tokenize(["1+"])[0][0] == 2

@@ -179,6 +179,15 @@ def test_a_copy_in_plain_text_stands_for_the_pickle(run, tmp_path, capsys):
     assert "name it .pkl" in capsys.readouterr().err
 
 
+def test_a_model_that_hardly_answers_is_mentioned(run, tmp_path, capsys):
+    path = tmp_path / "cache/llm_io_data.pkl"
+    path.parent.mkdir()
+    for answers, expected in ((["7", "", "\n"], True), (["7", "8", " "], False)):
+        path.write_bytes(pickle.dumps({"+": [(f"3+{n}=", None, text, False, False) for n, text in enumerate(answers)]}))
+        assert run() == 0
+        assert ("2 of 3 answers are empty" in capsys.readouterr().out) == expected
+
+
 def test_help_lists_the_flags_of_the_named_task(capsys):
     assert run_script("1_generate_prompts_and_answers", ["--help"]) == 0
     assert "--max_operand" in capsys.readouterr().out
