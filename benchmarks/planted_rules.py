@@ -70,7 +70,7 @@ def _rule_of(shaped: list[tuple[tuple, Conjunction]]) -> Rule:
     return Rule(tuple(literal for _, literal in shaped))
 
 
-def _table(random: np.random.Generator, n_rows: int, n_features: int) -> np.ndarray:
+def table(random: np.random.Generator, n_rows: int, n_features: int) -> np.ndarray:
     """Three quarters uniform numbers, an eighth 0/1, an eighth digits 0 to 9; [row, feature]."""
     features = random.random((n_rows, n_features))
     n_binary = n_digits = n_features // 8
@@ -151,7 +151,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, np.ndarray], Rule]] = {
 def planted(family: str, n_rows: int, n_features: int, noise: float, seed: int) -> Planted:
     """A problem of a family; in `rare`, `noise` is relative to the 2 % of positives, else to all rows."""
     random = rng(seed, "planted", family, n_rows, n_features)
-    features = _table(random, n_rows + N_TEST, n_features)
+    features = table(random, n_rows + N_TEST, n_features)
     if family == "scales":
         # Monotone changes of scale, from millionths to millions, some with heavy tails.
         powers = random.uniform(-6, 6, n_features)

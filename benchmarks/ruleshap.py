@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -99,9 +100,10 @@ def main() -> None:
     parser.add_argument("--no_baselines", action="store_true", help="RuleSHAP only")
     parser.add_argument("--rulefit_seeds", type=int, default=3, help="problems per 2,000 x 40 cell that RuleFit sees")
     parser.add_argument("--large_seeds", type=int, default=3, help="problems per larger cell that baselines see")
+    parser.add_argument("--no_speed", action="store_true", help="end after the table: one of several pieces")
     parser.add_argument("--full_size", action="store_true", help="also time 359,401 rows x 86 features")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--csv", default=None, help="write the row of every problem and learner here")
+    parser.add_argument("--csv", default=None, help="keep each problem's rows here; it is not run again")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.rows, args.features, args.noise = 3, [2000], [40], [0.0, 0.05]
@@ -109,18 +111,22 @@ def main() -> None:
         (*case, () if args.no_baselines else _baselines(*case[1:3], case[4], args))
         for case in itertools.product(args.families, args.rows, args.features, args.noise, range(args.seeds))
     ]
-    results = pd.DataFrame()
+    results = pd.read_csv(args.csv) if args.csv and Path(args.csv).is_file() else pd.DataFrame()
+    cases = [case for case in cases if not _is_done(case, results)]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for rows in pool.imap(measure, cases):
             results = pd.concat([results, pd.DataFrame(rows)], ignore_index=True)
             if args.csv:
-                # After each problem: a long run can be watched, and what is done is kept.
+                # After each problem: a long run can be watched, interrupted and continued.
                 results.to_csv(args.csv, index=False)
     keys = ["family", "rows", "features", "noise", "learner"]
     means = results.groupby(keys, sort=False)[["exact", "mcc", "literals", "conditions", "seconds", "cpu"]].agg(
         lambda column: column.astype(float).mean()
     )
     print(means.round(3).to_string(na_rep="-"))
+    if args.no_speed:
+        print(f"problems={len(results[results['learner'] == 'ruleshap'])}")
+        return
     seconds, megabytes = speed(2000, 40)
     stage7, _ = speed(1000, 86, use_shap_in_xgb=False, use_shap_in_lasso=False)
     line = {
@@ -143,6 +149,13 @@ def _baselines(n_rows: int, n_features: int, seed: int, args: argparse.Namespace
     seeds = dict.fromkeys(BASELINES, args.seeds if n_rows * n_features <= RULEFIT_CELLS else args.large_seeds)
     seeds[Baseline.RULEFIT] = args.rulefit_seeds if n_rows * n_features <= RULEFIT_CELLS else 0
     return tuple(baseline for baseline in BASELINES if seed < seeds[baseline])
+
+
+def _is_done(case: tuple, results: pd.DataFrame) -> bool:
+    if results.empty:
+        return False
+    same = (results[["family", "rows", "features", "noise", "seed"]] == list(case[:5])).all(axis=1)
+    return bool((same & (results["learner"] == "ruleshap")).any())
 
 
 def _exact(results: pd.DataFrame, noise: float) -> str:
