@@ -56,7 +56,9 @@ PAIR_COLUMNS = ("score_scope", "A_method", "B_method", "endpoint", "task", "llm"
 
 
 def read_long(path: Path, metric: str) -> pd.DataFrame:
-    """The long CSV as `score_scope, task, llm, method, threshold, value`; scopes are None where it has no column.
+    """The long CSV as `score_scope, task, llm, run_name, method, threshold, value, floor`.
+
+    Scopes and run names are None where it has no column of them.
 
     Raises:
         UserError: the file, a column or every known method is missing.
@@ -85,6 +87,8 @@ def read_long(path: Path, metric: str) -> pd.DataFrame:
     long["threshold"] = pd.to_numeric(long["threshold"], errors="coerce").round(6)
     long["value"] = pd.to_numeric(long["value"], errors="coerce")
     floor = "min_rule_dataset_coverage" if "min_rule_dataset_coverage" in frame else "min_dataset_coverage"
+    run = next((name for name in ("run_name", "stats_dirname") if name in frame), None)
+    long["run_name"] = frame[run].astype("string") if run else None
     long["floor"] = pd.to_numeric(frame[floor], errors="coerce") if floor in frame else np.nan
     long = long[long["method"].notna() & long["threshold"].notna()]
     if long.empty:
@@ -275,7 +279,7 @@ def _statistics_of(
         for stem, table in tables.items():
             session.csv(f"{stem}.csv", table)
     if args.data_root and not args.skip_sample_stats:
-        write_sample_statistics(args, scope, session, is_written=is_written)
+        write_sample_statistics(args, scope, session, rows, is_written=is_written)
 
 
 def _tell_totals(sums: pd.DataFrame, counts: pd.DataFrame, scope: Scope, report: Report) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from lib.cli import UserError, rng
 from lib.reporting.artifacts import ModelRoot, find_model_roots, open_tree
 from lib.reporting.experiments import choose_variant, runs_by_mode
-from lib.reporting.naming import RunMode
+from lib.reporting.naming import RunMode, RunName
 from lib.reporting.rules import load_best_rows, metric_values
 from lib.reporting.scopes import Scope
 from lib.reporting.session import Session, nothing_found
@@ -60,12 +60,18 @@ def sample_statistic(name: str, threshold: float) -> Callable[[np.ndarray], np.n
     return lambda scores: (scores >= threshold).sum(axis=-1).astype(float)
 
 
+def variant_of(rows: pd.DataFrame) -> str | None:
+    """The sensitivity parts of the counted runs; None if the counts do not name their runs, or name several."""
+    parsed = (RunName.parse(str(text)) for text in rows["run_name"].dropna().unique())
+    variants = {name.variant for name in parsed if name is not None}
+    return variants.pop() if len(variants) == 1 else None
+
+
 def neuron_scores(
-    roots: list[ModelRoot], args: argparse.Namespace, scope: Scope, session: Session
+    roots: list[ModelRoot], variant: str, args: argparse.Namespace, scope: Scope, session: Session
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(one row per neuron, one row per run that could be read) of the compared methods."""
     frames, runs = [], []
-    variant = choose_variant(roots, None, session.report)
     for root in roots:
         for mode, run in runs_by_mode(root, variant).items():
             if mode not in (_REFERENCE, *_OTHERS):
@@ -162,24 +168,29 @@ def sampled_comparisons(
     return frame
 
 
-def write_sample_statistics(args: argparse.Namespace, scope: Scope, session: Session, *, is_written: bool) -> None:
-    """Read the neurons below `--data-root`, compare, write and print."""
-    wanted = {task.strip() for task in args.tasks.split(",") if task.strip()}
+def write_sample_statistics(
+    args: argparse.Namespace, scope: Scope, session: Session, counted: pd.DataFrame, *, is_written: bool
+) -> None:
+    """Read the neurons of the runs that `counted` speaks of below `--data-root`, compare, write and print."""
+    units = {(row.task, row.llm) for row in counted[["task", "llm"]].itertuples(index=False)}
     threshold = args.primary_threshold_all_fit if scope is Scope.ALL_FIT else args.primary_threshold
     with open_tree(args.data_root) as folder:
         session.bases.append(Path(folder))
-        roots = [root for root in find_model_roots(folder) if not wanted or root.task in wanted]
+        found = find_model_roots(folder)
+        roots = [root for root in found if units & {(root.task, root.llm), (root.task, root.model)}]
         if not roots:
-            raise nothing_found(args.data_root, f"finished runs of --tasks {args.tasks or 'any'}")
-        neurons, runs = neuron_scores(roots, args, scope, session)
+            raise nothing_found(args.data_root, "finished runs of the tasks and models in --csv")
+        variant = variant_of(counted)
+        variant = choose_variant(roots, None, session.report) if variant is None else variant
+        neurons, runs = neuron_scores(roots, variant, args, scope, session)
     if runs.empty:
         raise UserError(f"no run below {args.data_root} has rule rows of scope {scope.slug}; run stage 7 again")
-    units = unit_metrics(neurons, runs, threshold)
-    result = sampled_comparisons(neurons, units, args, scope, threshold)
+    metrics = unit_metrics(neurons, runs, threshold)
+    result = sampled_comparisons(neurons, metrics, args, scope, threshold)
     stamp = {"min_rule_dataset_coverage": args.min_rule_dataset_coverage}
     if is_written:
         session.csv("per_neuron_scores.csv", neurons.assign(**stamp))
-        session.csv("per_unit_metrics.csv", units.assign(**stamp))
+        session.csv("per_unit_metrics.csv", metrics.assign(**stamp))
         session.csv("sampled_pairwise_comparisons.csv", result.assign(**stamp))
     session.report.line(f"neurons' {args.metric_col}, {args.sample_stat} per unit, A - B {args.alt}:")
     for row in result.itertuples(index=False):

@@ -84,7 +84,7 @@ def write_budget(session: Session, table: pd.DataFrame, stamp: Mapping[str, Any]
         axes.errorbar(
             data["tau"],
             data["cha_budget_mean"],
-            yerr=data["cha_budget_sem"].fillna(0.0),
+            yerr=data["cha_budget_sem"],  # of a single circuit unknown: no bar
             marker="o",
             capsize=4,
             color="#1b5e9c",

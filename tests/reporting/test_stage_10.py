@@ -267,3 +267,16 @@ def test_table_2_goes_in_as_it_comes_out(tree, tmp_path):
         for row in read_rows(tmp_path / "out" / scope / "table2_descriptive_totals.csv"):
             cells = [cell for cell in tree.cells.values() if method_of(cell) == row["method"]]
             assert float(row["0.80"]) == sum(raw_count(tree, cell, scope, 0.80) for cell in cells)
+
+
+def test_neurons_are_those_of_the_counted_runs(tree, tmp_path):
+    # Counts of one model at one size were once set beside the neurons of every model at the commonest size.
+    model = published.MODELS[0]
+    flags = ["--data_root", tree.data, "--out_dir", tmp_path / "tables", "--which", "table2", "--quiet"]
+    assert run_script("make_paper_tables", [*flags, "--models", model, "--variant", "M25000"]) == 0
+    flags = ["--csv", tmp_path / "tables" / "table2_threshold_sweep_per_run_long.csv", "--out_dir", tmp_path / "out"]
+    more = ["--data_root", tree.data, "--n_boot", "20", "--score_scope", "test"]
+    assert run_script("10_compute_threshold_sweep_stats", [*flags, *more]) == 0
+    neurons = read_rows(tmp_path / "out" / "per_neuron_scores.csv")
+    assert neurons and {row["model"] for row in neurons} == {model.split("/")[1]}
+    assert all("-M25000-" in row["run_name"] for row in neurons)
