@@ -58,7 +58,7 @@ def run_stage_2(args: argparse.Namespace, report: Report) -> None:
     outputs.append(write_task_settings(folder, args.task_module, task))
     summary = {"n_rows": len(frame), "n_candidates": len(scored.features), "n_features": int(result.keep.sum()),
                "n_proposed": len(proposals.features), "n_rejected_proposals": len(table.rejected_proposals),
-               "split": split.to_json(), "notes": proposals.notes + result.notes}
+               "split": split.to_json(), "notes": proposals.notes + result.notes + _absent_classes(frame, task, split)}
     record.finish(outputs, started=started, summary=summary)
     _tell(summary, report)
 
@@ -89,6 +89,14 @@ def proposal_options(args: argparse.Namespace) -> ProposalOptions:
         n_features=args.n_features, n_rounds=args.feature_extraction_steps,
         n_positive=args.num_correct_example_prompts, n_negative=args.num_incorrect_example_prompts,
         n_shown_for_diversity=args.number_of_existing_features_to_show_for_diversity, temperature=args.temperature)
+
+
+def _absent_classes(frame: pd.DataFrame, task: FeatureTaskSpec, split: Split) -> list[str]:
+    """A note per class without a TRAIN row: features and rules then have nothing to tell apart."""
+    labels = label_codes(frame, task)[~split.is_test]
+    return [f"no TRAIN row is {name}: there is nothing to tell apart" for code, name
+            in ((1, f"positive ({task.POSITIVE_NAME})"), (0, f"negative ({task.NEGATIVE_NAME})"))
+            if not (labels == code).any()]
 
 
 def _tell(summary: Mapping[str, Any], report: Report) -> None:

@@ -48,7 +48,8 @@ def _lines(table: FeatureTable, metrics: pd.DataFrame, task: FeatureTaskSpec, fi
         row = metrics.iloc[index]
         feature = table.scored.features[index]
         lines.append(f"| `{row['column']}` | {_cell(f'{feature.label}. {feature.description}')} | {row['origin']} | "
-                     f"{row['mean_positive']:.3g} | {row['mean_negative']:.3g} | {row['auc']:.3f} | "
+                     f"{_number(row['mean_positive'], '.3g')} | {_number(row['mean_negative'], '.3g')} | "
+                     f"{_number(row['auc'], '.3f')} | "
                      f"{row['missing_share']:.1%} |")
     lines += ["", *figures, "", "## Dropped", "",
               "No rule uses these. The task's own constant features still have a column in `scores.csv`.", "",
@@ -57,6 +58,11 @@ def _lines(table: FeatureTable, metrics: pd.DataFrame, task: FeatureTaskSpec, fi
     lines += [f"| `{row.column}` | {row.filter} | {_cell(row.reason)} |" for row in dropped]
     return lines + [f"| {_cell(rejected.label)} | proposal | {_cell(rejected.reason)} |"
                     for rejected in table.rejected_proposals]
+
+
+def _number(value: float, form: str) -> str:
+    """A number, or a dash where there is none (no TRAIN row of that class)."""
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def _cell(text: str) -> str:

@@ -84,7 +84,7 @@ def text_features() -> list[Feature]:
 
 def _text_feature(function: Callable[[str, dict], float | None]) -> Feature:
     label = function.__name__.replace("_", " ").capitalize()
-    return Feature(label, f"{label}: {function.__doc__}", inspect.getsource(function), function.__name__, Origin.SEED,
+    return Feature(label, function.__doc__ or "", inspect.getsource(function), function.__name__, Origin.SEED,
                    per_row(lambda prompt: function(prompt, {}), "prompt"))
 
 

@@ -172,6 +172,16 @@ def test_an_answer_of_another_task_is_refused(answers, tmp_path, capsys):
     assert "lib.tasks.other_task" in capsys.readouterr().err
 
 
+def test_a_class_that_is_absent_is_mentioned(tmp_path, capsys):
+    task = TASK_SPEC.configured(ArithmeticSettings(max_operand=2))
+    examples = task.examples(0)
+    path = tmp_path / "llm_io_data.pkl"
+    path.write_bytes(pickle.dumps(task.cache_from_answers(examples, ["none"] * len(examples))))
+    assert run(path, tmp_path / "report", plots=True) == 0
+    assert "no TRAIN row is positive (correctly answered)" in capsys.readouterr().out
+    assert "nan" not in (tmp_path / "report/features.md").read_text()
+
+
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({}), pickle.dumps([{"prompt": 1}])])
 def test_unusable_caches_are_one_line(content, tmp_path, capsys):
     path = tmp_path / "llm_io_data.pkl"
