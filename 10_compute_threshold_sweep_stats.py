@@ -9,7 +9,7 @@ with a bootstrap over units and neurons. Without --out_dir it only prints.
 import argparse
 
 from lib.cli import Report, count, finite, positive_int, stage_main
-from lib.reporting.session import add_report_arguments, flag
+from lib.reporting.session import add_report_arguments, flag, writing_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     """Compare the methods in every scope that was asked for."""
     from lib.reporting.paired import compute_threshold_statistics
 
-    compute_threshold_statistics(args, report)
+    with writing_to(args.out_dir):
+        compute_threshold_statistics(args, report)
 
 
 main = stage_main(add_arguments, run, description=__doc__)

@@ -8,7 +8,7 @@ those of a control (fake targets) never count to the run that it controls.
 import argparse
 
 from lib.cli import Report, finite, positive_int, share, stage_main
-from lib.reporting.session import add_report_arguments, flag
+from lib.reporting.session import add_report_arguments, flag, writing_to
 
 MAIN_RUN = "rule_split-spectral_sample-decode_only-agonist_neurons-fast-spectral_anchor"
 
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     """Summarize the runs in every scope that was asked for."""
     from lib.reporting.sensitivity import summarize_sensitivity
 
-    summarize_sensitivity(args, report)
+    with writing_to(args.out_dir):
+        summarize_sensitivity(args, report)
 
 
 main = stage_main(add_arguments, run, description=__doc__)

@@ -8,7 +8,7 @@ models that have every run. A run that found nothing counts as zero; one that is
 import argparse
 
 from lib.cli import Report, finite, stage_main
-from lib.reporting.session import add_report_arguments, flag
+from lib.reporting.session import add_report_arguments, flag, writing_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     """Compare the runs in every scope that was asked for."""
     from lib.reporting.experiments import compare_experiments
 
-    compare_experiments(args, report)
+    with writing_to(args.out_dir):
+        compare_experiments(args, report)
 
 
 main = stage_main(add_arguments, run, description=__doc__)

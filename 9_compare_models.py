@@ -8,7 +8,7 @@ positive baseline; costs are given as group tests and in percent of N (brute for
 import argparse
 
 from lib.cli import Report, finite, stage_main
-from lib.reporting.session import add_report_arguments, flag
+from lib.reporting.session import add_report_arguments, flag, writing_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     """Compare the models in every scope that was asked for."""
     from lib.reporting.models import compare_models
 
-    compare_models(args, report)
+    with writing_to(args.out_dir):
+        compare_models(args, report)
 
 
 main = stage_main(add_arguments, run, description=__doc__)

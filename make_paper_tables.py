@@ -8,7 +8,7 @@ it an error. Nothing is read from outside of --data_root.
 import argparse
 
 from lib.cli import Report, finite, positive_int, share, stage_main
-from lib.reporting.session import flag
+from lib.reporting.session import flag, writing_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     """Make the tables."""
     from lib.reporting.paper_tables import make_tables
 
-    make_tables(args, report)
+    with writing_to(args.out_dir):
+        make_tables(args, report)
 
 
 main = stage_main(add_arguments, run, description=__doc__)

@@ -90,25 +90,49 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     text = "b" not in mode
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.fchmod(descriptor, 0o666 & ~_UMASK)
+        descriptor, temporary = _temporary_file(path)
         with open(descriptor, mode, encoding="utf-8" if text else None, newline="\n" if text else None) as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        temporary = None
+            try:
+                os.fchmod(descriptor, 0o666 & ~_UMASK)
+                yield handle
+                handle.flush()
+                os.fsync(descriptor)
+                os.replace(temporary, path)
+            except BaseException:
+                # Before it is closed: the lock still says whose it is.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; check the folder's permissions and free space"
         ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+
+
+def _temporary_file(path: Path) -> tuple[int, str]:
+    """(descriptor, name) of an empty file beside `path` that nobody else writes.
+
+    Its name follows from that of `path` and the writer holds a lock on it, which ends with the process: what a killed
+    writer has left is used by the next one. If somebody is writing now, another name is taken.
+    """
+    import fcntl
+
+    name = str(path.with_name(f".{path.name}.tmp"))
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, an earlier writer may have renamed this very file to its final name.
+            if os.path.samestat(os.fstat(descriptor), os.stat(name, follow_symlinks=False)):
+                os.ftruncate(descriptor, 0)
+                return descriptor, name
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
 
 
 def _umask() -> int:
@@ -363,6 +387,11 @@ class StageRecord:
             if not path.is_file():
                 raise UserError(f"{label} not found: {path}; run the stage that writes it")
             inputs[label] = file_digest(path)
+            if differing := record_that_differs(path, inputs[label]):
+                raise UserError(
+                    f"{label} was changed after its stage had written it: {path}; run that stage again, or delete "
+                    f"{differing} to use the file as it is"
+                )
         return {
             "stage": self.stage,
             "schema_version": SCHEMA_VERSION,
@@ -415,6 +444,38 @@ class StageRecord:
         return (self.stored() or {}).get("summary", {})
 
 
+def amend_record(metadata_path: Path, outputs: Iterable[str | Path]) -> None:
+    """Some outputs were made again in another way: the record says so, and no longer that the run is complete."""
+    try:
+        stored = json.loads(metadata_path.read_text(encoding="utf-8"))
+        recorded = dict(stored["outputs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    base = metadata_path.parent
+    amended = recorded | {Path(os.path.relpath(path, base)).as_posix(): file_digest(path) for path in outputs}
+    if amended != recorded:
+        write_json(metadata_path, {**stored, "fingerprint": "amended", "outputs": amended})
+
+
+def record_that_differs(path: str | Path, digest: str | None = None) -> Path | None:
+    """The record of a stage that gives the file another content: it was cut off or damaged, or its run did not finish.
+
+    Records are looked for beside the file and up to three folders above. A file of which no record speaks (an archived
+    or hand-made one) is taken as it is: None. digest: the file's SHA-256, where that is known already.
+    """
+    path = Path(path).absolute()
+    for folder in list(path.parents)[:4]:
+        for record_path in sorted(folder.glob("*run_metadata*.json")):
+            try:
+                outputs = json.loads(record_path.read_text(encoding="utf-8")).get("outputs", {})
+                recorded = outputs.get(path.relative_to(folder).as_posix())
+            except (OSError, ValueError, AttributeError):
+                continue
+            if recorded is not None and recorded != (digest or file_digest(path)):
+                return record_path
+    return None
+
+
 def _package_version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -431,14 +492,19 @@ def _peak_memory_mb() -> float:
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path, wait_seconds: float = 0) -> Iterator[None]:
-    """Hold the folder's write lock; a second writer gets a `UserError` after waiting. Freed even by `kill -9`."""
+def exclusive(folder: str | Path, name: str = ".lock", *, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the folder's write lock; a second writer gets a `UserError` after waiting. Freed even by `kill -9`.
+
+    A folder that was made for the lock, and into which nothing was written, is removed again. name: of the lock's file,
+    where a folder is for several writers.
+    """
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=wait_seconds)
+        lock = FileLock(folder / name, timeout=wait_seconds)
         lock.acquire()
     except Timeout:
         raise UserError(f"another run is writing to {folder}; wait for it or choose another folder") from None
@@ -447,4 +513,9 @@ def exclusive(folder: str | Path, wait_seconds: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and os.listdir(folder) == [name]:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+                for place in made:
+                    place.rmdir()
         lock.release()

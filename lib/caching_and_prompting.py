@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,29 +57,35 @@ class CallCache:
     """Finished calls on disk, one transaction each: what was answered once is never asked again."""
 
     def __init__(self, folder: str | Path) -> None:
-        path = Path(folder) / CACHE_FILE
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._path = Path(folder) / CACHE_FILE
+        with self._errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, request TEXT NOT NULL, "
                                    "reply TEXT NOT NULL, finished TEXT NOT NULL)")
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(f"the cache of model calls cannot be used: {path} ({error}); delete it or choose another "
-                            "folder") from None
         self._lock = threading.Lock()
 
     def get(self, key: str) -> str | None:
         """The stored answer."""
-        with self._lock:
+        with self._lock, self._errors():
             row = self._database.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
         return row[0] if row else None
 
     def put(self, key: str, request: str, reply: str) -> None:
         """Store an answer, at once."""
-        with self._lock:
+        with self._lock, self._errors():
             self._database.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, datetime('now'))",
                                    (key, request, reply))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """A damaged file or a full disk, in words."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"the cache of model calls cannot be used: {self._path} ({error}); delete it or choose "
+                            "another folder") from None
 
     def close(self) -> None:
         """Release the file."""

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -200,7 +199,8 @@ def replacing(output_dir: Path, *, force: bool) -> Iterator[Path]:
     """A temporary folder beside `output_dir` that takes its place at the end; on failure nothing has changed.
 
     Raises:
-        UserError: the output exists and `force` is not set, or it is not an earlier export.
+        UserError: the output exists and `force` is not set, or it is not an earlier export; it cannot be written; or
+            another export to the same place is running.
     """
     if output_dir.exists() or output_dir.is_symlink():
         if not force:
@@ -210,20 +210,43 @@ def replacing(output_dir: Path, *, force: bool) -> Iterator[Path]:
                 f"{output_dir} is not an earlier export (no {MANIFEST_NAME} in it), so --force does not "
                 "replace it; remove it yourself or choose another folder"
             )
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.partial-"))
+    temporary, old = (output_dir.with_name(f".{output_dir.name}.{word}") for word in ("partial", "old"))
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        if output_dir.exists():
-            old = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.old-"))
-            output_dir.rename(old / output_dir.name)
-            temporary.rename(output_dir)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(output_dir)
+        with _held(temporary):
+            try:
+                for left in (*temporary.iterdir(), old):  # by a run that was killed
+                    left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+                yield temporary
+                if output_dir.exists():
+                    output_dir.rename(old)
+                temporary.rename(output_dir)
+            finally:
+                for left in (temporary, old):
+                    shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output_dir}: {error.strerror or error}; check permissions and free space"
+        ) from error
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and hold it against other processes. The hold ends with this one, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = folder.is_dir() and os.path.samestat(os.fstat(descriptor), folder.stat())
+    except BlockingIOError:
+        is_there = False
+    try:
+        if not is_there:
+            raise UserError(f"another run is writing to {folder}; wait for it or choose another folder")
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def export(data_dir: Path, output_dir: Path, manifest: Path | None, *, force: bool, dry_run: bool) -> Export:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.artifacts import StageRecord
+from lib.artifacts import StageRecord, exclusive
 from lib.cli import Report, UserError, rng
 from lib.feature_files import FeatureTable, write_outputs
 from lib.feature_filters import FeatureMetrics, FilterOptions, feature_metrics, filter_features
@@ -32,7 +32,6 @@ STAGE = "2_generate_features"
 
 def run_stage_2(args: argparse.Namespace, report: Report) -> None:
     """Make `scores.csv`, `features.json` and what explains them, unless matching ones are there."""
-    started = time.time()
     folder, cache_path = Path(args.features_scores_dir), Path(args.prompts_answers_pkl_file)
     task = recorded_task(args.task_module, cache_path)
     options = filter_options(args)
@@ -42,7 +41,18 @@ def run_stage_2(args: argparse.Namespace, report: Report) -> None:
         report.line(f"stage 2 is up to date: {folder}")
         _tell(record.summary(), report)
         return
-    frame = prepare_rows(read_dataset(cache_path, task), task, args.max_number_of_prompts_to_analyze, args.seed)
+    with exclusive(folder):
+        summary = _make_table(args, task, options, record, report)
+    _tell(summary, report)
+
+
+def _make_table(args: argparse.Namespace, task: FeatureTaskSpec, options: FilterOptions, record: StageRecord,
+                report: Report) -> dict[str, Any]:
+    """Score, split, filter, write; the summary."""
+    started = time.time()
+    folder = Path(args.features_scores_dir)
+    frame = read_dataset(Path(args.prompts_answers_pkl_file), task)
+    frame = prepare_rows(frame, task, args.max_number_of_prompts_to_analyze, args.seed)
     scored = score_seeds(frame, task, report)
     split = split_rows(scored.values, label_codes(frame, task), group_keys(frame, task), args.seed)
     proposals = Proposals()
@@ -60,7 +70,7 @@ def run_stage_2(args: argparse.Namespace, report: Report) -> None:
                "n_proposed": len(proposals.features), "n_rejected_proposals": len(table.rejected_proposals),
                "split": split.to_json(), "notes": proposals.notes + result.notes + _absent_classes(frame, task, split)}
     record.finish(outputs, started=started, summary=summary)
-    _tell(summary, report)
+    return summary
 
 
 def _settings(args: argparse.Namespace, task: FeatureTaskSpec, options: FilterOptions) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """The store of ablated answers: an append-only file of lines, one ablated group each, that survives being killed.
 
 A line holds the group's neurons, the packed bits of the datapoints whose answer changed, and those answers. The first
-line names the fingerprint of everything that determines the answers and holds the baseline answers. A torn last line
-is dropped.
+line names the fingerprint of everything that determines the answers and holds the baseline answers. Whatever follows
+the first line that is torn or altered is dropped, and measured again.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.artifacts import atomic_write
+from lib.checked_lines import cut_off, encode_line, read_lines, write_lines
 from lib.cli import UserError
 from lib.neurons import Neuron
 
@@ -57,72 +57,65 @@ class AnswerLog:
         if len(baseline) != self.n_rows:
             raise ValueError(f"{len(baseline)} baseline answers for {self.n_rows} datapoints")
         self.baseline, self.d_model = list(baseline), d_model
-        self._write(
-            [{"fingerprint": self.fingerprint, "n_rows": self.n_rows, "d_model": d_model, "baseline": self.baseline}],
-            "w",
-        )
+        write_lines(self.path, [self._head()], anew=True)
 
     def append(self, groups: Sequence[Group], runs: Sequence[ChangedAnswers]) -> None:
         """Store the runs; they are on disk when this returns."""
         keys = [group_key(group) for group in groups]
-        self._write([encode_run(key, run, self.n_rows) for key, run in zip(keys, runs, strict=True)], "a")
+        lines = [encode_run(key, run, self.n_rows) for key, run in zip(keys, runs, strict=True)]
+        write_lines(self.path, lines, anew=False)
         self.runs.update(zip(keys, runs, strict=True))
 
     def extract(self, path: str | Path, groups: Sequence[Group], datapoints: np.ndarray) -> AnswerLog:
         """Write (anew) a log of some groups and datapoints (positions, ascending), renumbered from 0, and return it."""
         extracted = AnswerLog(path, self.fingerprint, len(datapoints), load=False)
-        extracted.start([self.baseline[datapoint] for datapoint in datapoints], self.d_model)
-        runs = []
+        extracted.baseline, extracted.d_model = [self.baseline[datapoint] for datapoint in datapoints], self.d_model
         for group in groups:
             run = self.runs[group_key(group)]
             answers = dict(zip(run.rows.tolist(), run.answers, strict=True))
             rows = np.flatnonzero(np.isin(datapoints, run.rows))
-            runs.append(ChangedAnswers(rows, tuple(answers[int(datapoints[row])] for row in rows)))
-        extracted.append(groups, runs)
+            extracted.runs[group_key(group)] = ChangedAnswers(
+                rows, tuple(answers[int(datapoints[row])] for row in rows)
+            )
+        with atomic_write(path, "wb") as handle:
+            handle.write(encode_line(extracted._head()))
+            handle.writelines(encode_line(encode_run(*run, extracted.n_rows)) for run in extracted.runs.items())
         return extracted
+
+    def _head(self) -> dict[str, Any]:
+        """The first line."""
+        return {
+            "fingerprint": self.fingerprint,
+            "n_rows": self.n_rows,
+            "d_model": self.d_model,
+            "baseline": self.baseline,
+        }
 
     @classmethod
     def read(cls, path: str | Path) -> AnswerLog:
         """A finished log, whatever its settings; the file stays as it is."""
-        try:
-            with open(path, encoding="utf-8") as handle:
-                header = json.loads(handle.readline())
-            return cls(path, header["fingerprint"], header["n_rows"], mend=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it and run stage 7 again") from None
+        lines, n_good = read_lines(Path(path))
+        if not lines or n_good < Path(path).stat().st_size:
+            raise UserError(f"{path} is damaged; delete it and run stage 7 again")
+        return cls(path, lines[0]["fingerprint"], lines[0]["n_rows"], mend=False)
 
     def missing(self, groups: Iterable[Group]) -> list[Group]:
         """Those of the groups whose answers are not stored, each once."""
         return [group for group in dict.fromkeys(groups) if group_key(group) not in self.runs]
 
-    def _write(self, records: list[dict[str, Any]], mode: str) -> None:
-        text = "".join(json.dumps(record, ensure_ascii=True, separators=(",", ":")) + "\n" for record in records)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, mode, encoding="utf-8", newline="\n") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror or error}; check permissions and space"
-            ) from error
-
     def _load(self, mend: bool) -> None:
-        """Read what is whole; cut off a torn last line so that appending goes on after a whole one."""
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.splitlines()
+        """Read the whole lines and cut off the rest, so that appending goes on after a whole one."""
+        lines, n_good = read_lines(self.path)
         try:
-            header = json.loads(lines[0]) if lines else {"fingerprint": self.fingerprint, "n_rows": self.n_rows}
-            if (header["fingerprint"], header["n_rows"]) != (self.fingerprint, self.n_rows):
+            head = lines[0] if lines else {"fingerprint": self.fingerprint, "n_rows": self.n_rows}
+            if (head["fingerprint"], head["n_rows"]) != (self.fingerprint, self.n_rows):
                 raise ValueError("it belongs to other settings")
-            self.runs = dict(decode_run(json.loads(line), self.n_rows) for line in lines[1:])
-            self.baseline, self.d_model = header.get("baseline"), header.get("d_model", 0)
+            self.runs = dict(decode_run(line, self.n_rows) for line in lines[1:])
+            self.baseline, self.d_model = head.get("baseline"), head.get("d_model", 0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({error}); delete it and run stage 7 again") from None
-        if mend and len(whole) < len(content):
-            os.truncate(self.path, len(whole))
+        if mend:
+            cut_off(self.path, n_good)
 
 
 def encode_run(key: str, run: ChangedAnswers, n_rows: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class FlipMeasurer:
         self._make_engine = make_engine
         prompts = [scores.prompts[row] for row in rows.rows]
         self._prompts, self._references = prompts, self._reference_prompts()
-        fingerprint = text_digest([asdict(settings), prompts, self._references, "flips/1"])
+        fingerprint = text_digest([asdict(settings), prompts, self._references, "flips/2"])
         self.log = AnswerLog(log_dir / f"flips_{fingerprint[:16]}.jsonl", fingerprint, len(prompts))
         self._labels = AnswerLabels(task, scores.records(rows.rows))
         self._loaded: LoadedEngine | None = None

@@ -1,23 +1,20 @@
 """The log of group tests: an append-only file, one line per test, that survives being killed.
 
-A line is a checksum and a JSON object. The first names the fingerprint of everything that decides a test's outcome; a
-log with another fingerprint is started anew. Whatever follows the first line that does not match its checksum is
-dropped: those tests are done again. Tests are kept per datapoint, so rules that share datapoints share tests.
+The first line names the fingerprint of everything that decides a test's outcome; a log with another fingerprint is
+started anew. Whatever follows the first line that is torn or altered is dropped: those tests are done again. Tests are
+kept per datapoint, so rules that share datapoints share tests.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lib.cli import UserError
+from lib.checked_lines import cut_off, read_lines, write_lines
 from lib.neurons import Neuron
 
 UNKNOWN, UNCHANGED, CHANGED, FLIPPED = -1, 0, 1, 2
@@ -87,7 +84,7 @@ class GroupTestLog:
             line = {"p": point_set, "g": name, "s": size, "v": "".join(_SYMBOLS[value] for value in values)}
             lines.append(line | ({"t": {str(row): text for row, text in texts.items()}} if texts else {}))
             self._keep(name, rows, values, texts)
-        self._write(lines, "a")
+        self._write(lines)
 
     # ------------------------------------------------------------ inside
 
@@ -110,29 +107,17 @@ class GroupTestLog:
         if texts:
             self._answers.setdefault(name, {}).update(texts)
 
-    def _write(self, lines: list[dict[str, Any]], mode: str) -> None:
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, mode + "b") as handle:
-                handle.write(b"".join(_encode(line) for line in lines))
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror or error}; check permissions and space"
-            ) from error
+    def _write(self, lines: list[dict[str, Any]], *, anew: bool = False) -> None:
+        if self.path is not None:
+            write_lines(self.path, lines, anew=anew)
 
     def _open(self) -> None:
         """Read the whole lines of a log of this fingerprint and cut off the rest, or start a new file."""
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        lines, n_good = _decode(content)
+        lines, n_good = read_lines(self.path)
         if not lines or lines[0].get("fingerprint") != self.fingerprint:
-            self._write([{"log": 1, "fingerprint": self.fingerprint}], "w")
+            self._write([{"log": 1, "fingerprint": self.fingerprint}], anew=True)
             return
-        if n_good < len(content):
-            os.truncate(self.path, n_good)
+        cut_off(self.path, n_good)
         rows_of: dict[int, list[int]] = {}
         for line in lines[1:]:
             if "points" in line:
@@ -143,19 +128,3 @@ class GroupTestLog:
                 texts = {int(row): text for row, text in line.get("t", {}).items()}
                 self._keep(line["g"], rows_of[line["p"]], values, texts)
 
-
-def _encode(line: dict[str, Any]) -> bytes:
-    text = json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _decode(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Lines up to the first that is torn or altered, and the number of bytes they take."""
-    lines, n_good = [], 0
-    for raw in content.splitlines(keepends=True):
-        checksum, _, text = raw.rstrip(b"\n").partition(b" ")
-        if not raw.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
-            break
-        lines.append(json.loads(text))
-        n_good += len(raw)
-    return lines, n_good

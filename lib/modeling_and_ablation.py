@@ -112,6 +112,8 @@ def converted_folder(gguf: Path, models_dir: Path | None = None) -> Path:
     with exclusive(models_dir):
         if (target / "config.json").is_file():
             return target
+        for left in models_dir.glob(".converting-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=models_dir, prefix=".converting-"))
         try:
             _convert_gguf(gguf, scratch)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lib.artifacts import exclusive, read_json, read_npy, text_digest, write_json
+from lib.artifacts import exclusive, file_digest, read_json, read_npy, text_digest, write_json
+from lib.cli import UserError
 from lib.modeling_and_ablation import model_identity
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def prompt_representations(
     unique = list(dict.fromkeys(prompts))
     key = {"model": model_identity(ai_model), "spec": asdict(spec), "prompts_sha256": text_digest(unique)}
     stem = Path(cache_dir) / f"spectral_reps_{text_digest(key)[:16]}"
-    if not stem.with_suffix(".json").is_file() or not stem.with_suffix(".npy").is_file():
+    if not _is_whole(stem):
         with exclusive(cache_dir):
             _compute(load(), unique, spec, stem, key, batch_size, report)
     stored = read_npy(stem.with_suffix(".npy"), "representation cache", mmap=True)
@@ -108,6 +109,18 @@ def prompt_representations(
         return stored
     row_of = {prompt: row for row, prompt in enumerate(unique)}
     return stored[[row_of[prompt] for prompt in prompts]]
+
+
+def _is_whole(stem: Path) -> bool:
+    """True if the table is there as its header, written after it, says; a damaged one is computed again."""
+    header, table = stem.with_suffix(".json"), stem.with_suffix(".npy")
+    if not header.is_file() or not table.is_file():
+        return False
+    try:
+        recorded = read_json(header, "header of the representation cache")["table_sha256"]
+    except (UserError, KeyError, TypeError):
+        return False
+    return recorded == file_digest(table)
 
 
 def _compute(
@@ -127,7 +140,8 @@ def _compute(
         n_done = read_json(progress_path, "representation checkpoint")["n_done"]
         table = np.lib.format.open_memmap(partial, mode="r+")
     else:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        # A checkpoint left from another table would call rows of this one done.
+        progress_path.unlink(missing_ok=True)
         table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(prompts), encoder.width))
     batches = [encoder.order[start : start + batch_size] for start in range(n_done, len(prompts), batch_size)]
     since_checkpoint = 0
@@ -141,10 +155,8 @@ def _compute(
     table.flush()
     del table
     os.replace(partial, stem.with_suffix(".npy"))
-    write_json(
-        stem.with_suffix(".json"),
-        {**key, "shape": [len(prompts), encoder.width], "dtype": "float32", "weights_sha256": language_model.digest},
-    )
+    header = {"shape": [len(prompts), encoder.width], "dtype": "float32", "weights_sha256": language_model.digest}
+    write_json(stem.with_suffix(".json"), {**key, **header, "table_sha256": file_digest(stem.with_suffix(".npy"))})
     progress_path.unlink(missing_ok=True)
 
 

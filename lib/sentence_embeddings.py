@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.artifacts import read_npy, text_digest, write_npy
+from lib.artifacts import read_npz, text_digest, write_npz
 from lib.cli import UserError
 from lib.spectral_options import DEFAULT_SENTENCE_MODEL
 
@@ -26,16 +26,16 @@ def find_sentence_model(name: str) -> str:
 def sentence_embeddings(
     name: str, texts: Sequence[str], cache_dir: str | Path, *, batch_size: int, device: str
 ) -> np.ndarray:
-    """Embeddings of texts, [text, width] float32, unnormalised; kept in `<cache_dir>/sentence_reps_<key>.npy`.
+    """Embeddings of texts, [text, width] float32, unnormalised; kept in `<cache_dir>/sentence_reps_<key>.npz`.
 
     Raises:
         UserError: the sentence model cannot be loaded.
     """
     unique = list(dict.fromkeys(texts))
-    path = Path(cache_dir) / f"sentence_reps_{text_digest([name, unique])[:16]}.npy"
+    path = Path(cache_dir) / f"sentence_reps_{text_digest([name, unique])[:16]}.npz"
     if not path.is_file():
-        write_npy(path, _encode(name, unique, batch_size, device))
-    stored = read_npy(path, "cache of sentence embeddings")
+        write_npz(path, embeddings=_encode(name, unique, batch_size, device))
+    stored = read_npz(path, "cache of sentence embeddings")["embeddings"]
     row_of = {text: row for row, text in enumerate(unique)}
     return stored[[row_of[text] for text in texts]]
 

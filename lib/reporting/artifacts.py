@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lib.artifacts import record_that_differs
 from lib.cli import UserError
 from lib.reporting.issues import Issue, IssueLog
 from lib.reporting.naming import RunName, canonical_order
@@ -38,6 +39,7 @@ _RUN_FILES = (
     "rule_combo_metrics_all.csv",
     "rule_combo_metrics_all_scopes.csv",
 )
+_CHANGED = "changed after its stage had written it (see its run_metadata.json); run that stage again"
 
 
 class Status(Enum):
@@ -82,6 +84,8 @@ def read_json(path: Path) -> Reading[Any]:
         return Reading(Status.MISSING, reason="no such file", path=path)
     except (OSError, ValueError, RecursionError) as error:
         return Reading(Status.INVALID, reason=f"not readable as JSON ({_one_line(error)})", path=path)
+    if record_that_differs(path):
+        return Reading(Status.INVALID, reason=_CHANGED, path=path)
     return Reading(Status.OK if value not in ({}, [], None) else Status.EMPTY, value, path=path)
 
 
@@ -97,6 +101,8 @@ def read_table(path: Path, **options: Any) -> Reading[pd.DataFrame]:
         return Reading(Status.EMPTY, pd.DataFrame(), path=path)
     except (OSError, ValueError) as error:
         return Reading(Status.INVALID, reason=f"not readable as CSV ({_one_line(error)})", path=path)
+    if record_that_differs(path):
+        return Reading(Status.INVALID, reason=_CHANGED, path=path)
     return Reading(Status.OK if len(frame) else Status.EMPTY, frame, path=path)
 
 

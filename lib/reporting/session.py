@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,13 @@ class Session:
         write_provenance(self.out_dir, script, args, self.inputs, [*self.bases, self.out_dir, Path.cwd()])
         self.issues.finish(self.report, self.out_dir, strict=args.strict)
         self.report.line(f"{len(self.written)} tables and figures: {self.out_dir}")
+
+
+def writing_to(out_dir: str | Path | None) -> contextlib.AbstractContextManager[None]:
+    """Held while a report is written; a second report into the same folder is refused. Nothing without a folder."""
+    from lib.artifacts import exclusive
+
+    return contextlib.nullcontext() if out_dir is None else exclusive(out_dir)
 
 
 def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, **options: object) -> None:

@@ -19,6 +19,7 @@ from lib.artifacts import (
     read_json,
     read_jsonl,
     read_pickle,
+    text_digest,
     write_json,
     write_jsonl,
     write_pickle,
@@ -130,6 +131,11 @@ class BehaviourCache:
         """Answers of an unfinished run."""
         return self.path.with_name(f"{self.path.stem}.parts") / self.record.fingerprint[:16]
 
+    @property
+    def pending_path(self) -> Path:
+        """The cache with labels added, while it takes the place of the one without."""
+        return self.path.with_name(f"{self.path.stem}.mended.pkl")
+
     def is_usable(self, report: Report) -> bool:
         """True if the cache is there and answers what is asked; False if it is to be made.
 
@@ -150,9 +156,13 @@ class BehaviourCache:
         if differences:
             raise UserError(f"{self.path} was made with other settings ({'; '.join(differences)}); "
                             "use --force to make it again, or another --prompts_answers_pkl_file")
-        if stored.get("outputs", {}).get(self.path.name) != file_digest(self.path):
+        is_changed = stored.get("outputs", {}).get(self.path.name) != file_digest(self.path)
+        if is_changed and not self.pending_path.is_file():
             raise UserError(f"{self.path} was changed after stage 1 wrote it; use --force to make it again, "
                             f"or delete {self.record.metadata_path} to use it as it is")
+        if not is_changed and not self.record.is_complete():
+            with exclusive(self.path.parent):  # Only its plain copy is missing or damaged.
+                write_answers(self.path, read_pickle(self.path, CACHE), self.task)
         return True
 
     def make(self, load_model: Callable[[], LanguageModel], batch_size: int, report: Report) -> None:
@@ -174,11 +184,17 @@ class BehaviourCache:
         if self.record.stored() is None:
             return
         started = time.time()
-        mended = self.task.mend_labels(read_pickle(self.path, CACHE))
+        if self.pending_path.is_file():
+            mended = read_pickle(self.pending_path, "mended cache of answers (stage 1)")
+        else:
+            mended = self.task.mend_labels(read_pickle(self.path, CACHE))
         if mended is not None:
             with exclusive(self.path.parent):
+                # Until the record knows the new content, this copy says that it is no damage.
+                write_pickle(self.pending_path, mended)
                 outputs = write_answers(self.path, mended, self.task)
                 self.record.finish(outputs, started=started, summary=self.record.summary())
+                self.pending_path.unlink()
             report.line("labels that were missing have been added")
 
     def statistics(self, report: Report) -> dict[str, Any]:
@@ -221,7 +237,8 @@ def answer_in_shards(prompts: list[str], load_model: Callable[[], LanguageModel]
         shards = [(start, order[start:start + size]) for start in range(n_done, len(order), size)]
         for start, shard in report.progress(shards, unit="shard", desc="answers"):
             generations = model.generate([prompts[index] for index in shard], max_new_tokens, batch_size=batch_size)
-            write_json(_part(parts_dir, start), [generation.answer for generation in generations], indent=None)
+            answers = [generation.answer for generation in generations]
+            write_json(_part(parts_dir, start), {"answers": answers, "sha256": text_digest(answers)}, indent=None)
     return _collect(parts_dir, order)
 
 
@@ -229,19 +246,28 @@ def _part(parts_dir: Path, start: int) -> Path:
     return parts_dir / f"answers_{start:08d}.json"
 
 
+def _read_part(parts_dir: Path, start: int) -> list[str]:
+    """The answers of the part that begins there; none if it is missing or damaged."""
+    try:
+        part = read_json(_part(parts_dir, start), "answers of an interrupted run")
+        return part["answers"] if part["sha256"] == text_digest(part["answers"]) else []
+    except (UserError, KeyError, TypeError):
+        return []
+
+
 def _n_answered(parts_dir: Path) -> int:
     """How many answers the parts hold without a gap from the start."""
     n_done = 0
-    while _part(parts_dir, n_done).is_file():
-        n_done += len(read_json(_part(parts_dir, n_done), "answers of an interrupted run"))
+    while part := _read_part(parts_dir, n_done):
+        n_done += len(part)
     return n_done
 
 
 def _collect(parts_dir: Path, order: list[int]) -> list[str]:
     """All answers from the parts, in the order of the prompts."""
     by_length: list[str] = []
-    while len(by_length) < len(order):
-        by_length += read_json(_part(parts_dir, len(by_length)), "answers of an interrupted run")
+    while part := _read_part(parts_dir, len(by_length)):
+        by_length += part
     answers = [""] * len(order)
     for index, answer in zip(order, by_length, strict=True):
         answers[index] = answer
@@ -258,6 +284,9 @@ def generate_prompts_and_answers(args: argparse.Namespace, report: Report) -> No
                                                cache_dir=args.ai_model_cache_dir), args.batch_size, report)
     else:
         report.line(f"stage 1 is up to date: {cache.path}")
+        if cache.record.stored() is not None:
+            # Left if the run that made the cache was killed at its very end.
+            shutil.rmtree(cache.parts_dir.parent, ignore_errors=True)
         cache.mend_labels(report)
     statistics = cache.statistics(report)
     report.heading("Basic Statistics")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.artifacts import exclusive, read_csv, read_json, write_csv, write_json
+from lib.artifacts import amend_record, exclusive, read_csv, read_json, write_csv, write_json
 from lib.cli import Report, require_dir, require_file, rng
 from lib.flip_answer_log import AnswerLog
 from lib.flip_candidates import Candidate, Verdict, read_candidates, select_candidates
@@ -242,6 +242,7 @@ class FlipAnchoring:
                 answers_path = self.stats_dir / ANSWERS_FILE
                 anchored = self._summarize(table, AnswerLog.read(answers_path) if answers_path.is_file() else None)
                 tell_rules(anchored.to_dict("records"), self.report)
+            amend_record(self.stats_dir / "run_metadata.json", self._written)
         return 0
 
     def _stored_controls(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib import spectral_analysis as spectral
-from lib.artifacts import StageRecord, file_digest, write_json
+from lib.artifacts import StageRecord, exclusive, file_digest, write_json
 from lib.cli import Report, UserError, rng
 from lib.modeling_and_ablation import model_identity
 from lib.pairing import Lengths, pair_by_similarity, pairing_report
@@ -78,12 +78,13 @@ def run_stage(args: argparse.Namespace, report: Report) -> None:
     started = time.time()
     table = load_scores(scores_dir, task)
     rules = load_rules(args.rules_dir, target, prefix=args.rules_glob)
-    plan = SamplingPlanner(args, table, report).plan(rules)
-    write_json(output, plan, indent=4)
-    lines = summary_lines(plan)
-    for line in lines:
-        report.line(line)
-    record.finish([output], started=started, summary={"lines": lines})
+    with exclusive(output.parent, f".{output.name}.lock"):
+        plan = SamplingPlanner(args, table, report).plan(rules)
+        write_json(output, plan, indent=4)
+        lines = summary_lines(plan)
+        for line in lines:
+            report.line(line)
+        record.finish([output], started=started, summary={"lines": lines})
 
 
 def rule_target(task: FeatureTaskSpec, fake_targets: bool) -> str:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lib.artifacts import (
     StageRecord,
+    amend_record,
     atomic_write,
     exclusive,
     file_digest,
@@ -27,6 +28,7 @@ from lib.artifacts import (
     read_json,
     read_npz,
     read_pickle,
+    record_that_differs,
     save_figure,
     write_csv,
     write_json,
@@ -194,3 +196,54 @@ def test_figures_are_the_same_bytes_twice(tmp_path):
         save_figure(tmp_path / name, figure, pd.DataFrame({"x": [1, 2]}))
     for suffix in (".pdf", ".png", ".csv"):
         assert file_digest(tmp_path / f"a{suffix}") == file_digest(tmp_path / f"b{suffix}")
+
+
+def test_what_a_killed_writer_left_is_used_by_the_next_and_never_taken_from_a_living_one(tmp_path):
+    path = tmp_path / "a.txt"
+    (tmp_path / ".a.txt.tmp").write_text("left by a killed writer, longer than what comes")
+    with atomic_write(path) as outer:
+        outer.write("outer")
+        with atomic_write(path) as inner:
+            inner.write("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("years")
+    (tmp_path / ".a.txt.tmp").symlink_to(tmp_path / "precious")
+    write_json(tmp_path / "a.txt", [])
+    assert (tmp_path / "precious").read_text() == "years"
+
+
+def test_a_folder_made_only_for_the_lock_is_removed_again(tmp_path):
+    with pytest.raises(UserError), exclusive(tmp_path / "new" / "out"):
+        raise UserError("bad input")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_input_that_is_not_as_its_stage_wrote_it_is_refused(tmp_path):
+    made = tmp_path / "stage" / "table.csv"
+    write_csv(made, pd.DataFrame({"a": range(9)}))
+    StageRecord("before", {}, {}, tmp_path / "stage" / "run_metadata.json").finish([made])
+    after = StageRecord("after", {}, {"table": made}, tmp_path / "run_metadata.json")
+    assert not after.is_complete()
+    # Cut off between two lines: still a table, and no longer the one that was written.
+    made.write_bytes(made.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"table was changed .* run that stage again"):
+        StageRecord("after", {}, {"table": made}, tmp_path / "run_metadata.json").is_complete()
+    (tmp_path / "stage" / "run_metadata.json").unlink()
+    assert not StageRecord("after", {}, {"table": made}, tmp_path / "run_metadata.json").is_complete()
+
+
+def test_outputs_made_again_in_another_way_are_recorded_and_the_run_is_not_complete(tmp_path):
+    made = tmp_path / "table.csv"
+    made.write_text("a\n1\n")
+    run = StageRecord("stage", {}, {}, tmp_path / "run_metadata.json")
+    run.finish([made])
+    amend_record(run.metadata_path, [made])
+    assert run.is_complete()
+    made.write_text("a\n2\n")
+    amend_record(run.metadata_path, [made])
+    assert not run.is_complete() and record_that_differs(made) is None

@@ -63,6 +63,22 @@ def test_a_torn_last_line_is_measured_again_and_nothing_else(tmp_path):
     assert measure_answers(again, groups, _log(tmp_path, again)) == 0
 
 
+def test_an_altered_answer_is_not_believed(tmp_path):
+    frame = world_frame(50)
+    engine = PlantedEngine(frame, frame["prompt"].tolist(), PLANTED)
+    log = _log(tmp_path, engine)
+    measure_answers(engine, [(neuron,) for neuron in N], log, chunk=1)
+    whole = log.path.read_bytes()
+    first = whole.index(b"wrong", whole.index(b"\n"))
+    # One bit: still JSON, still as many answers.
+    log.path.write_bytes(whole[:first] + b"vrong" + whole[first + 5 :])
+    with pytest.raises(UserError, match="damaged"):
+        AnswerLog.read(log.path)
+    n_lost = whole[first:].count(b"\n")
+    assert measure_answers(engine, [(neuron,) for neuron in N], _log(tmp_path, engine), chunk=1) == n_lost > 0
+    assert log.path.read_bytes() == whole
+
+
 def test_a_log_of_other_settings_is_refused(tmp_path):
     frame = world_frame(5)
     _log(tmp_path, PlantedEngine(frame, frame["prompt"].tolist(), {}))

@@ -193,6 +193,39 @@ def test_an_interrupted_run_goes_on_where_it_stopped(cached, monkeypatch):
     assert not list(folder.glob("*.partial.*"))
 
 
+def test_a_damaged_table_is_computed_again(cached):
+    represent, calls, folder = cached
+    whole = np.array(represent(PROMPTS, pooling="last"))
+    (path,) = folder.glob("spectral_reps_*.npy")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    np.testing.assert_array_equal(represent(PROMPTS, pooling="last"), whole)
+    assert len(calls) == 2
+
+
+def test_a_checkpoint_of_an_earlier_table_is_not_believed(cached, monkeypatch):
+    """Killed at the very end, and once more before the first checkpoint: rows that were never computed are not done."""
+    represent, _, folder = cached
+    whole = np.array(represent(PROMPTS, batch_size=1, pooling="last"))
+    (path,) = folder.glob("spectral_reps_*.npy")
+    for old in folder.glob("spectral_reps_*"):
+        old.unlink()
+    path.with_suffix(".partial.json").write_text('{"n_done": 2}')
+    encode, seen = PromptEncoder.encode, []
+
+    def failing(self, rows):
+        seen.append(rows)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return encode(self, rows)
+
+    monkeypatch.setattr(PromptEncoder, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        represent(PROMPTS, batch_size=1, pooling="last")
+    np.testing.assert_allclose(represent(PROMPTS, batch_size=1, pooling="last"), whole, atol=1e-5)
+
+
 def test_views_read_only_what_is_asked_for():
     table = np.arange(20.0).reshape(10, 2)
     view = RowView(table, np.array([7, 1, 3]))

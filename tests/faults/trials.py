@@ -1,0 +1,352 @@
+"""One stage, disturbed in one way, and what must hold afterwards.
+
+After every disturbance: nothing partial stands under a final name, a record speaks only of files that are there whole,
+the same command run again completes, and its result is byte for byte that of an undisturbed run (run records, which
+hold times, excepted).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+from lib.cli import rng
+from tests.faults.disturb import Fault, Kind
+from tests.faults.forked import Child, Ending, command, preload
+from tests.faults.worlds import LOGS, World
+
+_LEFTOVER = re.compile(r"(^|/)\.[^/]+(\.tmp|\.(partial|old)-[^/]*|converting-[^/]*)(/|$)")
+_YEAR = 365 * 86400
+
+
+@dataclass
+class Trial:
+    """What was done, how it ended, and what was wrong with that (nothing, if all is well)."""
+
+    world: str
+    fault: str
+    detail: str
+    outcome: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict:
+        """The trial as a JSON object."""
+        return asdict(self)
+
+
+def is_record(name: str) -> bool:
+    """Run records and locks: the files that may differ between equal runs."""
+    return "run_metadata" in name.rpartition("/")[2] or name.endswith(".lock")
+
+
+def is_leftover(name: str) -> bool:
+    """A temporary file or folder that a killed run could not remove."""
+    return bool(_LEFTOVER.search(name))
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Digest of every result below the folder, by its name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not is_record(name) and not is_leftover(name):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def n_leftovers(folder: Path) -> int:
+    """How many temporary files of killed runs are there."""
+    return sum(is_leftover(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+
+
+def differences(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """In what two results differ, in words."""
+    words = [f"missing: {name}" for name in wanted.keys() - found.keys()]
+    words += [f"too much: {name}" for name in found.keys() - wanted.keys()]
+    words += [f"other content: {name}" for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    return sorted(words)
+
+
+class Bench:
+    """A world made once, run undisturbed, and then disturbed again and again in the same place."""
+
+    def __init__(self, world: World, root: Path, *, figures: bool = True) -> None:
+        self.world, self.figures = world, figures
+        self.home = root / world.name
+        self.folder = self.home / "work"
+        self._pristine, self._finished = self.home / "pristine", self.home / "finished"
+        self.wanted: dict[str, str] = {}
+        self.n_changes, self.seconds = 0, 0.0
+
+    # ------------------------------------------------------------ running
+
+    def prepare(self) -> None:
+        """Make the world, run it twice undisturbed. The second run says how long it takes without imports."""
+        self.folder.mkdir(parents=True)
+        made = self._child(lambda: self.world.make(self.folder) or 0).ending()
+        if made.code != 0:
+            raise RuntimeError(f"world {self.world.name} cannot be made: {made.err[-2000:]}")
+        (self.folder / "out").mkdir(exist_ok=True)
+        shutil.copytree(self.folder, self._pristine)
+        self._run_undisturbed()
+        preload((self.home / "notes" / "modules").read_text().split("\n"))
+        self.wanted = results(self.folder / "out")
+        self.fresh()
+        second = self._run_undisturbed()
+        self.n_changes, self.seconds = second.n_changes, second.seconds
+        if problems := differences(results(self.folder / "out"), self.wanted):
+            raise RuntimeError(f"two undisturbed runs of {self.world.name} differ: {problems}")
+        shutil.copytree(self.folder, self._finished)
+
+    def _run_undisturbed(self) -> Ending:
+        ending = self.run()
+        if ending.code != 0:
+            raise RuntimeError(f"undisturbed run of {self.world.name}: {ending.code} {ending.out} {ending.err[-3000:]}")
+        return ending
+
+    def fresh(self, *, finished: bool = False) -> None:
+        """The place as it was before the run, or after it."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self._finished if finished else self._pristine, self.folder)
+
+    def start(self, fault: Fault | None = None, *, notes: str = "notes", as_nobody: bool = False) -> Child:
+        """Begin the command."""
+        arguments = self.world.arguments(self.folder)
+        return self._child(command(self.world.script, arguments, figures=self.figures), fault, notes, as_nobody)
+
+    def run(self, fault: Fault | None = None, **options: object) -> Ending:
+        """Run the command to its end."""
+        return self.start(fault, **options).ending()
+
+    def _child(self, function, fault=None, notes="notes", as_nobody=False) -> Child:  # noqa: ANN001
+        return Child(function, self.folder / "out", self.home / notes, fault, as_nobody=as_nobody)
+
+    # ------------------------------------------------------------ what must hold
+
+    def partial(self) -> list[str]:
+        """Files that stand under a final name and are not whole, and records that speak of such."""
+        problems = []
+        out = self.folder / "out"
+        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+            name = path.relative_to(out).as_posix()
+            if is_leftover(name) or name.endswith(".lock") or any(fnmatch(path.name, log) for log in LOGS):
+                continue
+            if path.suffix == ".json":
+                try:
+                    content = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    problems.append(f"partial: {name} ({error})")
+                    continue
+                if is_record(name):
+                    problems += _false_claims(path, content)
+            elif self.wanted.get(name) not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+                problems.append(f"not whole: {name}")
+        return problems
+
+    def complete(self, trial: Trial) -> Trial:
+        """Run the command again, undisturbed: it completes, and the result is the undisturbed one."""
+        again = self.run()
+        if again.code != 0:
+            trial.problems.append(f"the next run ended with {again.code}: {again.err[-600:]}")
+        trial.problems += differences(results(self.folder / "out"), self.wanted)
+        if left := n_leftovers(self.folder / "out"):
+            trial.problems.append(f"{left} temporary files are left for good")
+        return trial
+
+    def told(self, trial: Trial, ending: Ending, code: int, word: str) -> None:
+        """The run ended with this code and one line on stderr that has this word in it."""
+        if ending.code != code:
+            trial.problems.append(f"exit code {ending.code}, not {code}: {ending.err[-600:]}")
+        elif len(ending.error_lines) != 1 or word not in ending.err:
+            trial.problems.append(f"not one line with {word!r}: {ending.err[-600:]}")
+
+
+def _false_claims(record: Path, content: dict) -> list[str]:
+    """Outputs that a record declares finished and that are not there as it says."""
+    problems = []
+    for name, digest in content.get("outputs", {}).items():
+        path = record.parent / name
+        if not path.is_file():
+            problems.append(f"{record.name} declares {name}, which is missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            problems.append(f"{record.name} declares another {name}")
+    return problems
+
+
+# ---------------------------------------------------------------- killed, interrupted
+
+
+def kill_trials(bench: Bench, seed: int, n_kills: int) -> list[Trial]:
+    """`kill -9`: a third at random times, a third just before a change of a file, a third amid a write."""
+    return [_killed(bench, rng(seed, "kill", bench.world.name, number), number % 3) for number in range(n_kills)]
+
+
+def _killed(bench: Bench, random: np.random.Generator, kind: int) -> Trial:
+    bench.fresh()
+    if kind == 0:
+        share = float(random.random())
+        trial = Trial(bench.world.name, "kill at a time", f"after {share:.2f} of the run")
+        child = bench.start()
+        child.kill_after(share * bench.seconds)
+    else:
+        number = int(random.integers(bench.n_changes))
+        fault = Fault(Kind.KILL if kind == 1 else Kind.TEAR, number, float(random.random()))
+        what = "before a change" if kind == 1 else "amid a write"
+        trial = Trial(bench.world.name, f"kill {what}", f"{number} of {bench.n_changes}")
+        child = bench.start(fault)
+    ending = child.ending()
+    trial.outcome = "killed" if ending.code == -signal.SIGKILL else "finished first"
+    if ending.code not in (0, -signal.SIGKILL):
+        trial.problems.append(f"ended with {ending.code} before it was killed: {ending.err[-600:]}")
+    trial.problems += bench.partial()
+    return bench.complete(trial)
+
+
+def interrupt_trials(bench: Bench, seed: int, n_times: int) -> list[Trial]:
+    """Ctrl-C: half of them at random times, half just before a change of a file."""
+    trials = []
+    for number in range(n_times):
+        random = rng(seed, "interrupt", bench.world.name, number)
+        bench.fresh()
+        if number % 2:
+            share = float(random.random())
+            trial = Trial(bench.world.name, "Ctrl-C", f"after {share:.2f} of the run")
+            child = bench.start()
+            child.kill_after(share * bench.seconds, signal.SIGINT)
+        else:
+            change = int(random.integers(bench.n_changes))
+            trial = Trial(bench.world.name, "Ctrl-C", f"before change {change} of {bench.n_changes}")
+            child = bench.start(Fault(Kind.INTERRUPT, change))
+        ending = child.ending()
+        trial.outcome = "interrupted" if ending.code == 130 else "finished first"
+        if ending.code != 0:
+            bench.told(trial, ending, 130, "interrupted")
+        trial.problems += bench.partial()
+        trials.append(bench.complete(trial))
+    return trials
+
+
+# ---------------------------------------------------------------- no space, no permission
+
+
+def full_disk_trials(bench: Bench, seed: int, n_times: int) -> list[Trial]:
+    """From a random change of a file on, the disk is full."""
+    trials = []
+    for number in range(n_times):
+        change = int(rng(seed, "full", bench.world.name, number).integers(bench.n_changes))
+        bench.fresh()
+        trial = Trial(bench.world.name, "full disk", f"from change {change} of {bench.n_changes}")
+        ending = bench.run(Fault(Kind.FULL, change))
+        trial.outcome = "refused" if ending.code else "finished"
+        if ending.code != 0:
+            bench.told(trial, ending, 2, "No space left")
+        trial.problems += bench.partial()
+        trials.append(bench.complete(trial))
+    return trials
+
+
+def tmpfs_trial(bench: Bench) -> Trial:
+    """A real file system with room for half of the outputs. Needs the right to mount one."""
+    trial = Trial(bench.world.name, "full disk (tmpfs)", "")
+    bench.fresh()
+    out = bench.folder / "out"
+    sizes = [path.stat().st_size for path in (bench._finished / "out").rglob("*") if path.is_file()]
+    kilobytes = max(8, sum(sizes) // 2048)
+    trial.detail = f"{kilobytes} KB for {sum(sizes) // 1024} KB"
+    if os.system(f"mount -t tmpfs -o size={kilobytes}k none '{out}' 2>/dev/null") != 0:
+        trial.outcome = "not possible here"
+        return trial
+    try:
+        ending = bench.run()
+        trial.outcome = "refused" if ending.code else "finished"
+        bench.told(trial, ending, 2, "No space left")
+        trial.problems += bench.partial()
+        os.system(f"mount -o remount,size=256m '{out}'")
+        return bench.complete(trial)
+    finally:
+        os.system(f"umount -l '{out}'")
+
+
+def read_only_trial(bench: Bench) -> Trial:
+    """The folder may be read, not written: root becomes somebody else for this."""
+    bench.fresh()
+    trial = Trial(bench.world.name, "read-only folder", "")
+    paths = [bench.folder, *bench.folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(bench.folder.rglob("*"))
+    try:
+        ending = bench.run(as_nobody=os.getuid() == 0)
+        trial.outcome = "refused" if ending.code else "finished"
+        bench.told(trial, ending, 2, "cannot write")
+        if sorted(bench.folder.rglob("*")) != before:
+            trial.problems.append("something was written")
+    finally:
+        for path in paths:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    return bench.complete(trial)
+
+
+# ---------------------------------------------------------------- two at once, wrong clocks
+
+
+def two_runs_trial(bench: Bench, seed: int) -> Trial:
+    """A second run while the first stands still in the middle of its writing; then both go to their ends."""
+    bench.fresh()
+    change = int(rng(seed, "two", bench.world.name).integers(bench.n_changes // 4, bench.n_changes * 3 // 4 + 1))
+    trial = Trial(bench.world.name, "two runs at once", f"first one stopped before change {change}")
+    first = bench.start(Fault(Kind.PAUSE, change))
+    if not first.wait_until_stopped():
+        trial.problems.append(f"the first run ended too early: {first.ending().err[-600:]}")
+        return trial
+    second = bench.run(notes="notes-2")
+    first.resume()
+    ending = first.ending()
+    trial.outcome = "refused" if second.code else "both finished"
+    if second.code != 0:
+        bench.told(trial, second, 2, "exists" if bench.world.exports else "another run")
+    elif bench.world.exports and ending.code == 2:
+        # Who comes first wins; the other one is told that the folder is there now.
+        bench.told(trial, ending, 2, "exists")
+        ending = second
+    if ending.code != 0:
+        trial.problems.append(f"the first run ended with {ending.code}: {ending.err[-600:]}")
+    trial.problems += differences(results(bench.folder / "out"), bench.wanted)
+    return trial if bench.world.exports else bench.complete(trial)
+
+
+def clock_trials(bench: Bench) -> list[Trial]:
+    """The clock is years off during the run; afterwards, all files are from the future or the past."""
+    trials = []
+    for years in (-30, 30):
+        bench.fresh()
+        trial = Trial(bench.world.name, "clock", f"{years:+d} years during the run")
+        ending = bench.run(Fault(Kind.CLOCK, amount=years * _YEAR))
+        if ending.code != 0:
+            trial.problems.append(f"ended with {ending.code}: {ending.err[-600:]}")
+        for path in [bench.folder, *bench.folder.rglob("*")]:
+            os.utime(path, (path.stat().st_mtime + years * _YEAR,) * 2)
+        times = _times(bench)
+        trial.outcome = "same result"
+        if bench.world.exports:
+            trial.problems += differences(results(bench.folder / "out"), bench.wanted)
+        else:
+            bench.complete(trial)
+        if bench.world.has_record and _times(bench) != times:
+            trial.problems.append("files with a strange date were written again")
+        trials.append(trial)
+    return trials
+
+
+def _times(bench: Bench) -> dict[str, int]:
+    names = bench.wanted.keys()
+    return {name: (bench.folder / "out" / name).stat().st_mtime_ns for name in names}
