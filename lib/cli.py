@@ -203,9 +203,12 @@ def stage_main(
     """A command's `main(argv=None)`: parses, runs, turns a `UserError` into one line and exit code 2."""
 
     def main(argv: list[str] | None = None) -> int:
-        args = build_parser(add_arguments, description).parse_args(argv)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-        return exit_code(lambda: run(args, Report(quiet=args.quiet)))
+        def parse_and_run() -> int | None:
+            args = build_parser(add_arguments, description).parse_args(argv)
+            logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+            return run(args, Report(quiet=args.quiet))
+
+        return exit_code(parse_and_run)
 
     return main
 

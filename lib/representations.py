@@ -142,7 +142,7 @@ def _compute(
     else:
         # A checkpoint left from another table would call rows of this one done.
         progress_path.unlink(missing_ok=True)
-        table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(prompts), encoder.width))
+        table = _empty_table(partial, (len(prompts), encoder.width))
     batches = [encoder.order[start : start + batch_size] for start in range(n_done, len(prompts), batch_size)]
     since_checkpoint = 0
     for batch in report.progress(batches, unit="batch", desc="representations"):
@@ -158,6 +158,25 @@ def _compute(
     header = {"shape": [len(prompts), encoder.width], "dtype": "float32", "weights_sha256": language_model.digest}
     write_json(stem.with_suffix(".json"), {**key, **header, "table_sha256": file_digest(stem.with_suffix(".npy"))})
     progress_path.unlink(missing_ok=True)
+
+
+def _empty_table(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A float32 table on disk to be filled. Its space is taken now: a mapped write to a full disk ends the process.
+
+    Raises:
+        UserError: the folder cannot be written or has not enough space.
+    """
+    try:
+        table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(path, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; it takes {4 * shape[0] * shape[1] / 1e6:,.0f} MB"
+        ) from error
+    return table
 
 
 class PromptEncoder:

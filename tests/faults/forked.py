@@ -34,6 +34,8 @@ class Ending:
     err: str
     n_changes: int
     seconds: float
+    cpu: float
+    peak_mb: float
 
     @property
     def error_lines(self) -> list[str]:
@@ -59,8 +61,10 @@ class Child:
             os.setpgid(self.pid, self.pid)
 
     def kill_after(self, seconds: float, number: int = signal.SIGKILL) -> None:
-        """Send a signal after a time, unless the child has ended by then."""
-        until = self.started + seconds
+        """Send a signal after a time (of running the function), unless the child has ended by then."""
+        while not (self.notes / "begun").exists() and not self.has_ended():
+            time.sleep(0.001)
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.has_ended():
                 return
@@ -83,7 +87,8 @@ class Child:
 
     def ending(self) -> Ending:
         """Wait for the end."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        _, status, usage = os.wait4(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - self.started
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -94,6 +99,8 @@ class Child:
             (self.notes / "err").read_text(errors="replace"),
             int(n_changes.read_text() or 0) if n_changes.is_file() else 0,
             seconds,
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss / 1024,
         )
 
 
@@ -116,6 +123,7 @@ def _be_the_child(
             os.setuid(NOBODY)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watch.arm()
+        os.close(os.open(notes / "begun", os.O_WRONLY | os.O_CREAT))
         code = function()
         os.write(modules, "\n".join(sys.modules).encode())
     except SystemExit as stop:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.cli import rng
 from tests.faults.disturb import Fault, Kind
 from tests.faults.forked import Child, Ending, command, preload
 from tests.faults.worlds import LOGS, World
@@ -83,29 +82,31 @@ class Bench:
         self.world, self.figures = world, figures
         self.home = root / world.name
         self.folder = self.home / "work"
-        self._pristine, self._finished = self.home / "pristine", self.home / "finished"
+        self._pristine, self.finished = self.home / "pristine", self.home / "finished"
         self.wanted: dict[str, str] = {}
-        self.n_changes, self.seconds = 0, 0.0
+        self.n_changes, self.seconds, self.cpu = 0, 0.0, 0.0
 
     # ------------------------------------------------------------ running
 
-    def prepare(self) -> None:
-        """Make the world, run it twice undisturbed. The second run says how long it takes without imports."""
+    def prepare(self, *, twice: bool = True) -> None:
+        """Make the world and run it undisturbed; the second run says how long it takes without imports."""
         self.folder.mkdir(parents=True)
         made = self._child(lambda: self.world.make(self.folder) or 0).ending()
         if made.code != 0:
             raise RuntimeError(f"world {self.world.name} cannot be made: {made.err[-2000:]}")
         (self.folder / "out").mkdir(exist_ok=True)
         shutil.copytree(self.folder, self._pristine)
-        self._run_undisturbed()
+        first = self._run_undisturbed()
+        self.n_changes, self.seconds, self.cpu = first.n_changes, first.seconds, first.cpu
         preload((self.home / "notes" / "modules").read_text().split("\n"))
         self.wanted = results(self.folder / "out")
-        self.fresh()
-        second = self._run_undisturbed()
-        self.n_changes, self.seconds = second.n_changes, second.seconds
-        if problems := differences(results(self.folder / "out"), self.wanted):
-            raise RuntimeError(f"two undisturbed runs of {self.world.name} differ: {problems}")
-        shutil.copytree(self.folder, self._finished)
+        if twice:
+            self.fresh()
+            second = self._run_undisturbed()
+            self.seconds, self.cpu = second.seconds, second.cpu
+            if problems := differences(results(self.folder / "out"), self.wanted):
+                raise RuntimeError(f"two undisturbed runs of {self.world.name} differ: {problems}")
+        shutil.copytree(self.folder, self.finished)
 
     def _run_undisturbed(self) -> Ending:
         ending = self.run()
@@ -116,7 +117,7 @@ class Bench:
     def fresh(self, *, finished: bool = False) -> None:
         """The place as it was before the run, or after it."""
         shutil.rmtree(self.folder)
-        shutil.copytree(self._finished if finished else self._pristine, self.folder)
+        shutil.copytree(self.finished if finished else self._pristine, self.folder)
 
     def start(self, fault: Fault | None = None, *, notes: str = "notes", as_nobody: bool = False) -> Child:
         """Begin the command."""
@@ -152,9 +153,12 @@ class Bench:
                 problems.append(f"not whole: {name}")
         return problems
 
-    def complete(self, trial: Trial) -> Trial:
-        """Run the command again, undisturbed: it completes, and the result is the undisturbed one."""
-        again = self.run()
+    def complete(self, trial: Trial, fault: Fault | None = None) -> Trial:
+        """Run the command again, undisturbed (but for the clock): it completes, and the result is the undisturbed one.
+
+        What is wrong is noted with the last trial: the one before this run.
+        """
+        again = self.run(fault)
         if again.code != 0:
             trial.problems.append(f"the next run ended with {again.code}: {again.err[-600:]}")
         trial.problems += differences(results(self.folder / "out"), self.wanted)
@@ -182,23 +186,23 @@ def _false_claims(record: Path, content: dict) -> list[str]:
     return problems
 
 
-# ---------------------------------------------------------------- killed, interrupted
+# ---------------------------------------------------------------- killed, interrupted, no space
 
 
-def kill_trials(bench: Bench, seed: int, n_kills: int) -> list[Trial]:
-    """`kill -9`: a third at random times, a third just before a change of a file, a third amid a write."""
-    return [_killed(bench, rng(seed, "kill", bench.world.name, number), number % 3) for number in range(n_kills)]
+def _early(random: np.random.Generator) -> float:
+    """A share of a run, small ones more often: a resumed run is shorter than a whole one."""
+    return float(random.random() ** 2)
 
 
-def _killed(bench: Bench, random: np.random.Generator, kind: int) -> Trial:
-    bench.fresh()
+def kill(bench: Bench, random: np.random.Generator, kind: int) -> Trial:
+    """`kill -9`: at a random time (kind 0), just before a change of a file (1), or amid a write (2)."""
     if kind == 0:
-        share = float(random.random())
-        trial = Trial(bench.world.name, "kill at a time", f"after {share:.2f} of the run")
+        share = _early(random)
+        trial = Trial(bench.world.name, "kill at a time", f"after {share:.2f} of a run")
         child = bench.start()
         child.kill_after(share * bench.seconds)
     else:
-        number = int(random.integers(bench.n_changes))
+        number = int(_early(random) * bench.n_changes)
         fault = Fault(Kind.KILL if kind == 1 else Kind.TEAR, number, float(random.random()))
         what = "before a change" if kind == 1 else "amid a write"
         trial = Trial(bench.world.name, f"kill {what}", f"{number} of {bench.n_changes}")
@@ -208,67 +212,55 @@ def _killed(bench: Bench, random: np.random.Generator, kind: int) -> Trial:
     if ending.code not in (0, -signal.SIGKILL):
         trial.problems.append(f"ended with {ending.code} before it was killed: {ending.err[-600:]}")
     trial.problems += bench.partial()
-    return bench.complete(trial)
+    return trial
 
 
-def interrupt_trials(bench: Bench, seed: int, n_times: int) -> list[Trial]:
-    """Ctrl-C: half of them at random times, half just before a change of a file."""
-    trials = []
-    for number in range(n_times):
-        random = rng(seed, "interrupt", bench.world.name, number)
-        bench.fresh()
-        if number % 2:
-            share = float(random.random())
-            trial = Trial(bench.world.name, "Ctrl-C", f"after {share:.2f} of the run")
-            child = bench.start()
-            child.kill_after(share * bench.seconds, signal.SIGINT)
-        else:
-            change = int(random.integers(bench.n_changes))
-            trial = Trial(bench.world.name, "Ctrl-C", f"before change {change} of {bench.n_changes}")
-            child = bench.start(Fault(Kind.INTERRUPT, change))
-        ending = child.ending()
-        trial.outcome = "interrupted" if ending.code == 130 else "finished first"
-        if ending.code != 0:
-            bench.told(trial, ending, 130, "interrupted")
-        trial.problems += bench.partial()
-        trials.append(bench.complete(trial))
-    return trials
+def interrupt(bench: Bench, random: np.random.Generator, kind: int) -> Trial:
+    """Ctrl-C: at a random time (kind 0) or just before a change of a file (1)."""
+    if kind == 0:
+        share = _early(random)
+        trial = Trial(bench.world.name, "Ctrl-C", f"after {share:.2f} of a run")
+        child = bench.start()
+        child.kill_after(share * bench.seconds, signal.SIGINT)
+    else:
+        change = int(_early(random) * bench.n_changes)
+        trial = Trial(bench.world.name, "Ctrl-C", f"before change {change} of {bench.n_changes}")
+        child = bench.start(Fault(Kind.INTERRUPT, change))
+    ending = child.ending()
+    trial.outcome = "interrupted" if ending.code == 130 else "finished first"
+    if ending.code != 0:
+        bench.told(trial, ending, 130, "interrupted")
+    trial.problems += bench.partial()
+    return trial
 
 
-# ---------------------------------------------------------------- no space, no permission
-
-
-def full_disk_trials(bench: Bench, seed: int, n_times: int) -> list[Trial]:
+def fill_disk(bench: Bench, random: np.random.Generator) -> Trial:
     """From a random change of a file on, the disk is full."""
-    trials = []
-    for number in range(n_times):
-        change = int(rng(seed, "full", bench.world.name, number).integers(bench.n_changes))
-        bench.fresh()
-        trial = Trial(bench.world.name, "full disk", f"from change {change} of {bench.n_changes}")
-        ending = bench.run(Fault(Kind.FULL, change))
-        trial.outcome = "refused" if ending.code else "finished"
-        if ending.code != 0:
-            bench.told(trial, ending, 2, "No space left")
-        trial.problems += bench.partial()
-        trials.append(bench.complete(trial))
-    return trials
+    change = int(_early(random) * bench.n_changes)
+    trial = Trial(bench.world.name, "full disk", f"from change {change} of {bench.n_changes}")
+    ending = bench.run(Fault(Kind.FULL, change))
+    trial.outcome = "refused" if ending.code else "finished first"
+    if ending.code != 0:
+        bench.told(trial, ending, 2, "No space left")
+    trial.problems += bench.partial()
+    return trial
 
 
-def tmpfs_trial(bench: Bench) -> Trial:
-    """A real file system with room for half of the outputs. Needs the right to mount one."""
-    trial = Trial(bench.world.name, "full disk (tmpfs)", "")
+def fill_real_disk(bench: Bench) -> Trial:
+    """A file system of its own with room for half of the outputs; then it gets more. Needs the right to mount one."""
     bench.fresh()
     out = bench.folder / "out"
-    sizes = [path.stat().st_size for path in (bench._finished / "out").rglob("*") if path.is_file()]
-    kilobytes = max(8, sum(sizes) // 2048)
-    trial.detail = f"{kilobytes} KB for {sum(sizes) // 1024} KB"
+    n_bytes = sum(path.stat().st_size for path in (bench.finished / "out").rglob("*") if path.is_file())
+    kilobytes = max(8, n_bytes // 2048)
+    trial = Trial(bench.world.name, "full disk (tmpfs)", f"{kilobytes} KB for {n_bytes // 1024} KB")
     if os.system(f"mount -t tmpfs -o size={kilobytes}k none '{out}' 2>/dev/null") != 0:
         trial.outcome = "not possible here"
         return trial
     try:
         ending = bench.run()
-        trial.outcome = "refused" if ending.code else "finished"
-        bench.told(trial, ending, 2, "No space left")
+        trial.outcome = "refused" if ending.code else "finished first"
+        if ending.code != 0:
+            bench.told(trial, ending, 2, "No space left")
         trial.problems += bench.partial()
         os.system(f"mount -o remount,size=256m '{out}'")
         return bench.complete(trial)
@@ -276,77 +268,130 @@ def tmpfs_trial(bench: Bench) -> Trial:
         os.system(f"umount -l '{out}'")
 
 
-def read_only_trial(bench: Bench) -> Trial:
+def forbid_writing(bench: Bench) -> Trial:
     """The folder may be read, not written: root becomes somebody else for this."""
-    bench.fresh()
     trial = Trial(bench.world.name, "read-only folder", "")
     paths = [bench.folder, *bench.folder.rglob("*")]
+    modes = [path.stat().st_mode for path in paths]
     for path in paths:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    before = sorted(bench.folder.rglob("*"))
+    before = _contents(bench.folder)
     try:
         ending = bench.run(as_nobody=os.getuid() == 0)
-        trial.outcome = "refused" if ending.code else "finished"
-        bench.told(trial, ending, 2, "cannot write")
-        if sorted(bench.folder.rglob("*")) != before:
-            trial.problems.append("something was written")
     finally:
-        for path in paths:
-            path.chmod(0o755 if path.is_dir() else 0o644)
-    return bench.complete(trial)
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+    trial.outcome = "refused" if ending.code else "finished first"
+    if ending.code != 0:
+        bench.told(trial, ending, 2, "cannot write")
+    if _contents(bench.folder) != before:
+        trial.problems.append("something was written")
+    return trial
+
+
+def _contents(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 # ---------------------------------------------------------------- two at once, wrong clocks
 
 
-def two_runs_trial(bench: Bench, seed: int) -> Trial:
-    """A second run while the first stands still in the middle of its writing; then both go to their ends."""
-    bench.fresh()
-    change = int(rng(seed, "two", bench.world.name).integers(bench.n_changes // 4, bench.n_changes * 3 // 4 + 1))
-    trial = Trial(bench.world.name, "two runs at once", f"first one stopped before change {change}")
+def run_two(bench: Bench, random: np.random.Generator, *, kill_first: bool) -> Trial:
+    """A second run while the first stands still in the middle of its writing; then that is killed, or goes on."""
+    change = int(random.integers(bench.n_changes // 4, bench.n_changes * 3 // 4 + 1))
+    trial = Trial(bench.world.name, "two runs at once", f"the first one stopped before change {change}")
     first = bench.start(Fault(Kind.PAUSE, change))
     if not first.wait_until_stopped():
         trial.problems.append(f"the first run ended too early: {first.ending().err[-600:]}")
         return trial
     second = bench.run(notes="notes-2")
+    trial.outcome = "second refused" if second.code else "both finished"
+    if second.code != 0:
+        bench.told(trial, second, 2, "another run")
+    if kill_first:
+        os.kill(first.pid, signal.SIGKILL)
     first.resume()
     ending = first.ending()
-    trial.outcome = "refused" if second.code else "both finished"
-    if second.code != 0:
-        bench.told(trial, second, 2, "exists" if bench.world.exports else "another run")
-    elif bench.world.exports and ending.code == 2:
-        # Who comes first wins; the other one is told that the folder is there now.
-        bench.told(trial, ending, 2, "exists")
-        ending = second
-    if ending.code != 0:
-        trial.problems.append(f"the first run ended with {ending.code}: {ending.err[-600:]}")
-    trial.problems += differences(results(bench.folder / "out"), bench.wanted)
-    return trial if bench.world.exports else bench.complete(trial)
-
-
-def clock_trials(bench: Bench) -> list[Trial]:
-    """The clock is years off during the run; afterwards, all files are from the future or the past."""
-    trials = []
-    for years in (-30, 30):
-        bench.fresh()
-        trial = Trial(bench.world.name, "clock", f"{years:+d} years during the run")
-        ending = bench.run(Fault(Kind.CLOCK, amount=years * _YEAR))
+    if not kill_first:
         if ending.code != 0:
-            trial.problems.append(f"ended with {ending.code}: {ending.err[-600:]}")
-        for path in [bench.folder, *bench.folder.rglob("*")]:
-            os.utime(path, (path.stat().st_mtime + years * _YEAR,) * 2)
-        times = _times(bench)
-        trial.outcome = "same result"
-        if bench.world.exports:
-            trial.problems += differences(results(bench.folder / "out"), bench.wanted)
-        else:
-            bench.complete(trial)
-        if bench.world.has_record and _times(bench) != times:
-            trial.problems.append("files with a strange date were written again")
-        trials.append(trial)
-    return trials
+            trial.problems.append(f"the first run ended with {ending.code}: {ending.err[-600:]}")
+        trial.problems += differences(results(bench.folder / "out"), bench.wanted)
+    return trial
+
+
+def wrong_clock(bench: Bench, years: int) -> Trial:
+    """The clock is years off during the run; afterwards, all files are from the future or the past."""
+    bench.fresh()
+    trial = Trial(bench.world.name, "clock", f"{years:+d} years")
+    bench.complete(trial, Fault(Kind.CLOCK, amount=years * _YEAR))
+    for path in [bench.folder, *bench.folder.rglob("*")]:
+        os.utime(path, (path.stat().st_mtime + years * _YEAR,) * 2)
+    times = _times(bench)
+    trial.outcome = "same result"
+    if not bench.world.exports:
+        bench.complete(trial)
+    if bench.world.has_record and _times(bench) != times:
+        trial.problems.append("files with a strange date were written again")
+    return trial
 
 
 def _times(bench: Bench) -> dict[str, int]:
-    names = bench.wanted.keys()
-    return {name: (bench.folder / "out" / name).stat().st_mtime_ns for name in names}
+    return {name: (bench.folder / "out" / name).stat().st_mtime_ns for name in bench.wanted}
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def damage(bench: Bench, name: str, random: np.random.Generator, *, cut: bool) -> Trial:
+    """A file of a finished run, input, output or cache, is cut off or has one bit flipped; the command runs again.
+
+    It refuses the file in one line, or gives the undisturbed result, or (reports) says which file it did without.
+    """
+    bench.fresh(finished=True)
+    path = bench.folder / name
+    content = bytearray(path.read_bytes())
+    if cut:
+        content = content[: int(random.integers(len(content)))]
+    else:
+        content[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
+    path.write_bytes(content)
+    trial = Trial(bench.world.name, "cut off" if cut else "bit flipped", name)
+    if bench.world.exports:
+        shutil.rmtree(bench.folder / "out/exported", ignore_errors=True)
+    ending = bench.run()
+    if ending.code != 0:
+        trial.outcome = "refused"
+        bench.told(trial, ending, 2, "")
+        return trial
+    different = differences(results(bench.folder / "out"), bench.wanted)
+    if not different:
+        trial.outcome = "same result"
+    elif path.name in _told_files(bench, ending) or "/model/" in name:
+        # Weights are not described by any record: altered ones are another model.
+        trial.outcome = "another model" if "/model/" in name else "done without, and said so"
+    else:
+        trial.outcome = "unnoticed"
+        trial.problems += different
+    return trial
+
+
+def _told_files(bench: Bench, ending: Ending) -> str:
+    issues = "".join(path.read_text() for path in (bench.folder / "out").rglob("report_issues.csv"))
+    manifest = "".join(path.read_text() for path in (bench.folder / "out").rglob("export_manifest.json"))
+    return ending.out + ending.err + issues + manifest
+
+
+def files_to_damage(bench: Bench, random: np.random.Generator, most: int) -> list[str]:
+    """Files of a finished run, of as many formats as there are, records and locks left out."""
+    names: dict[str, list[str]] = {}
+    for path in sorted(bench.finished.rglob("*")):
+        name = path.relative_to(bench.finished).as_posix()
+        if path.is_file() and path.stat().st_size and not is_record(name) and not is_leftover(name):
+            names.setdefault(f"{name.split('/')[0]} {path.suffix}", []).append(name)
+    chosen: list[str] = []
+    while names and len(chosen) < most:
+        for kind in list(names):
+            chosen.append(names[kind].pop(int(random.integers(len(names[kind])))))
+            if not names[kind]:
+                del names[kind]
+    return chosen[:most]

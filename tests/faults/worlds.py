@@ -204,6 +204,8 @@ def _published(folder: Path, *, n_models: int = 1, sensitivity: bool = False) ->
         states={},
         sensitivity=sensitivity,
     )
+    for stats in sorted((folder / "in").rglob("stats/*/")):
+        _record(stats)
 
 
 def _make_8(folder: Path) -> None:
