@@ -62,7 +62,8 @@ class Child:
 
     def kill_after(self, seconds: float, number: int = signal.SIGKILL) -> None:
         """Send a signal after a time (of running the function), unless the child has ended by then."""
-        while not (self.notes / "begun").exists() and not self.has_ended():
+        begun = self.notes / "begun"
+        while not (begun.exists() and begun.stat().st_size) and not self.has_ended():
             time.sleep(0.001)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -115,6 +116,7 @@ def _be_the_child(
             os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         changes = os.open(notes / "changes", os.O_WRONLY | os.O_CREAT)
         modules = os.open(notes / "modules", os.O_WRONLY | os.O_CREAT)
+        begun = os.open(notes / "begun", os.O_WRONLY | os.O_CREAT)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.chdir(REPOSITORY)
         if as_nobody:
@@ -123,7 +125,7 @@ def _be_the_child(
             os.setuid(NOBODY)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watch.arm()
-        os.close(os.open(notes / "begun", os.O_WRONLY | os.O_CREAT))
+        os.write(begun, b"!")
         code = function()
         os.write(modules, "\n".join(sys.modules).encode())
     except SystemExit as stop:
