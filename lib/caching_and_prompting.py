@@ -96,11 +96,11 @@ class ChatClient:
     """Asks one chat model. Use as a context manager."""
 
     def __init__(self, model: ChatModel, cache_dir: str | Path, retry: RetryPolicy | None = None,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
+                 sleep: Callable[[float], None] | None = None) -> None:
         self.model = model
         self.retry = retry or RetryPolicy()
         self._cache = CallCache(cache_dir)
-        self._sleep = sleep
+        self._sleep = sleep or time.sleep
         self._backend: ChatBackend | None = None
         self._lock = threading.Lock()
 

@@ -22,6 +22,7 @@ from lib.feature_proposals import (
 )
 from lib.feature_representation import Feature
 from lib.tasks.arithmetic_task import TASK_SPEC, ArithmeticSettings
+from lib.wasm_sandbox import WasmSandbox
 from tests.chat_servers import ScriptedServer, status, text
 from tests.scripts import run_script
 
@@ -187,12 +188,15 @@ def test_proposed_features_reach_the_table_with_their_backend(answers, tmp_path)
     small = item("Sum is small", "return 1.0 if info['operand_a'] + info['operand_b'] < 4 else 0.0")
     poison = item("Prompt", "return info['operand_a']")
     loop = item("Loop", "while True:\n        pass")
-    with ScriptedServer(text(reply(small, loop)), text(reply(poison))) as server:
+    dialect = item("Largest digit", "return float(max(prompt[:-1].replace('+', ''), key=str.lower))")
+    with ScriptedServer(text(reply(small, loop, dialect)), text(reply(poison))) as server:
         assert stage_2(answers, tmp_path / "report", server.url + "/v1") == 0
         shown = json.dumps(server.requests)
     catalogue = {entry["label"]: entry for entry in json.loads((tmp_path / "report/features.json").read_text())}
     assert (catalogue["Sum is small"]["column"], catalogue["Sum is small"]["backend"]) == ("sum_is_small", "monty")
     assert catalogue["Sum is small"]["origin"] == "llm"
+    if WasmSandbox.is_installed():
+        assert catalogue["Largest digit"]["backend"] == "wasm"
     assert catalogue["Prompt"]["column"] == "feature_prompt"
     rejected = json.loads((tmp_path / "report/rejected_features.json").read_text())
     assert [entry["reason"] for entry in rejected if entry["label"] == "Loop"][0].startswith("TimeoutError")
@@ -209,10 +213,19 @@ def test_proposed_features_reach_the_table_with_their_backend(answers, tmp_path)
     assert (tmp_path / "report/figures/feature_distributions_01.pdf").is_file()
 
 
-def test_a_refusing_model_leaves_the_seeds(answers, tmp_path, capsys):
-    with ScriptedServer(text("No.")) as server:
-        assert stage_2(answers, tmp_path / "report", server.url + "/v1") == 0
-    assert "0 of 2 rounds" in capsys.readouterr().out
+@pytest.mark.parametrize("model", ["openai:m", "ollama:m"])
+def test_useless_replies_leave_the_seeds(answers, tmp_path, capsys, monkeypatch, model):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    refusal, prose, cut = "No.", "Here are some ideas: longer prompts are harder.", reply(A)[:-20]
+    empty = [text(" ")] * 5  # one question, with all its attempts
+    with ScriptedServer(text(refusal), text(prose), text(cut), *empty, text(refusal)) as server:
+        url = server.url + ("/v1" if model == "openai:m" else "")
+        assert stage_2(answers, tmp_path / "report", url, "-m", model) == 0
+    # Six questions for two rounds, each asked once but for the empty reply.
+    assert len(server.requests) == 3 + 5 + 2
+    told = capsys.readouterr().out
+    assert "0 of 2 rounds" in told
+    assert "no reply (empty reply" in told
     assert len(json.loads((tmp_path / "report/features.json").read_text())) > 5
 
 
