@@ -148,7 +148,8 @@ def _key_figures(sections: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     total = search.total
     if total is not None and total.n_candidates:
         share = percent(total.percent_of_singles / 100)
-        yield count(total.n_groups), "group tests", f"{share} of brute force (N = {total.n_candidates:,})"
+        over = f"N = {total.n_candidates:,}" + (f", {total.n_circuits} searches" if total.n_circuits > 1 else "")
+        yield count(total.n_groups), "group tests", f"{share} of brute force ({over})"
     elif total is not None:
         yield count(total.n_groups), "group tests", "number of candidates not recorded"
     held_out = neurons.n_high["test"]

@@ -20,7 +20,7 @@ from lib.reporting.page.grids import (
     rate_cell,
     small_cell,
 )
-from lib.reporting.page.neurons import VERBS, Flip, NeuronFacts, Neurons, union_rate
+from lib.reporting.page.neurons import VERBS, Flip, NeuronFacts, Neurons, Rate, union_rate
 from lib.reporting.page.texts import is_number, percent, to_float, visible
 from lib.reporting.rules import DEFAULT_THRESHOLD
 from lib.reporting.scopes import Scope
@@ -122,31 +122,42 @@ def _unions(neurons: Neurons) -> list[tuple[str, str]]:
 
 
 def _flips_grid(facts: list[NeuronFacts]) -> Grid:
-    columns = [
-        Column("neuron", Kind.NEURON, "component and coordinate: m12:345 is coordinate 345 of layer 12's MLP write"),
-        Column("layer", Kind.NUMBER),
-        Column("found where the behaviour", help="holds, does not hold, or both: the regimes of the search"),
-        Column("behaviour lost", Kind.RATE, "of the evaluated prompts with the behaviour, exact 95 % interval"),
-        Column("behaviour gained", Kind.RATE, "of the evaluated prompts without the behaviour, exact 95 % interval"),
-        Column("any flip", Kind.RATE, "of all evaluated prompts, exact 95 % interval"),
-        Column("any flip, TEST", Kind.RATE, "of the held-out prompts, exact 95 % interval"),
-        Column("confirmed by the search", Kind.RATE,
-               "flip rate on datapoints that the search had not seen, the higher of both regimes, 95 % interval"),
-    ]
+    """Every neuron; where stage 7 has not measured any, only what the search says of them."""
+    measured = any(item.place is not None for item in facts)
     rows = [
         [
             str(item.neuron),
             count_cell(item.neuron.layer),
             _found_where(item),
-            rate_cell(*item.lost),
-            rate_cell(*item.gained),
-            rate_cell(*item.flips),
-            rate_cell(*item.held_out),
+            *(map(_rate, (item.lost, item.gained, item.flips, item.held_out)) if measured else ()),
             interval_cell(*max(item.confirmed.values(), default=(None, None, None))),
         ]
         for item in facts
     ]
+    columns = [*_FOUND_COLUMNS, *(_MEASURED_COLUMNS if measured else ()), _CONFIRMED_COLUMN]
     return Grid("flips", "Flip rates of the agonist neurons", columns, rows, noun="neuron")
+
+
+def _rate(rate: Rate) -> Cell:
+    return rate_cell(*rate)
+
+
+_FOUND_COLUMNS = (
+    Column("neuron", Kind.NEURON, "component and coordinate: m12:345 is coordinate 345 of layer 12's MLP write"),
+    Column("layer", Kind.NUMBER),
+    Column("found where the behaviour", help="holds, does not hold, or both: the regimes of the search"),
+)
+_MEASURED_COLUMNS = (
+    Column("behaviour lost", Kind.RATE, "of the evaluated prompts with the behaviour, exact 95 % interval"),
+    Column("behaviour gained", Kind.RATE, "of the evaluated prompts without the behaviour, exact 95 % interval"),
+    Column("any flip", Kind.RATE, "of all evaluated prompts, exact 95 % interval"),
+    Column("any flip, TEST", Kind.RATE, "of the held-out prompts, exact 95 % interval"),
+)
+_CONFIRMED_COLUMN = Column(
+    "confirmed by the search",
+    Kind.RATE,
+    "flip rate on datapoints that the search had not seen, the higher of both regimes, 95 % interval",
+)
 
 
 def _found_where(facts: NeuronFacts) -> str:
