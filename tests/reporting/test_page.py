@@ -374,6 +374,26 @@ def test_a_run_of_broken_files_has_a_page_that_says_so(model, tmp_path, content)
     assert "What this page had to do without" in shown_section(page, "controls")
 
 
+def test_files_that_name_impossible_things_cost_only_those(model, tmp_path):
+    root = tmp_path / "data" / "arithmetic" / "Tiny"
+    shutil.copytree(model, root)
+    (path,) = root.glob("neural_circuit_discovery_results/*/*/*/positive_baseline/neuron_buckets.json")
+    record = {"last_record": {"max_effect": 0.5}}
+    names = ["<b>:1", "m1", "m99999999:1", "m1:99999999999", f"m{'9' * 5000}:1", "m1:5"]
+    path.write_text(json.dumps({"non_catastrophic_agonists": dict.fromkeys(names, record)}))
+    frame = (root / STATS / "scores.csv").read_text().splitlines()
+    strange = ["flip_h5_3,flip_c2i_h5_3,flip_i2c_h5_3", *["True,True,False"] * (len(frame) - 1)]
+    (root / STATS / "scores.csv").write_text("\n".join(map(",".join, zip(frame, strange, strict=True))) + "\n")
+    statistics = {"controls": {"random_neurons": {"flip_any_rate": 0.1, "n_neurons": "many"}, "no_op": 3}}
+    (root / STATS / "flip_stats_global.json").write_text(json.dumps(statistics))
+    joint = {"share_positive_lost": 1, "share_positive_lost_random": 2}
+    (root / STATS / "joint_ablation.json").write_text(json.dumps({"test": joint}))
+    page = written(root)
+    found = {row[0] for row in data_of(page)["grids"]["flips"]["rows"]}
+    assert "m1:5" in found and not found & set(names[:5]) and "h5:3" not in found
+    assert shown_section(page, "controls").count("neuron_buckets.json") == 5
+
+
 def test_reading_a_torn_log_of_answers_leaves_it_as_it_is(model, tmp_path):
     path = tmp_path / "ablated_answers.jsonl"
     whole = (model / STATS / "ablated_answers.jsonl").read_bytes()

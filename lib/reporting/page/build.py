@@ -92,8 +92,7 @@ def render_page(inputs: PageInputs, run_names: list[str]) -> str:
     behaviour, rules = behaviour_section(inputs), rules_section(inputs)
     search = search_section(inputs)
     single = neuron_section(neurons)
-    log = inputs.answers
-    chart = neuron_map(neurons.facts, search.candidates, log.d_model if log is not None else None)
+    chart = neuron_map(neurons.facts, search.candidates, inputs.width)
     scopes = scopes_section(neurons)
     controls = controls_section(inputs, run_names)
     sections = {

@@ -7,11 +7,14 @@ page needs no fonts or colours of its own, follows the reader's light or dark se
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lib.reporting.page.neurons import NeuronFacts
+
+_LABEL = re.compile(r"[am]\d{1,5}", re.ASCII)
 
 RATE_EDGES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Edges of the classes of flip rates; six classes, from hardly any flip to two in five and more."""
@@ -130,7 +133,7 @@ def _row_label(item: NeuronFacts) -> str:
 def _rows(facts: Sequence[NeuronFacts], candidates: Mapping[str, int]) -> list[str]:
     """Row labels from the first layer to the last, without gaps, attention before the MLP that reads it."""
     seen = {_row_label(item) for item in facts} | {_component_row(label) for label in candidates}
-    known = {label for label in seen if label[:1] in ("m", "a") and label[1:].isdecimal()}
+    known = {label for label in seen if _LABEL.fullmatch(label)}
     kinds = sorted({label[0] for label in known})
     last = max(int(label[1:]) for label in known)
     # A file may name any layer: more rows than any model has layers are not drawn without need.

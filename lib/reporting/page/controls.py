@@ -12,7 +12,7 @@ from lib.reporting.localization import agonists, all_costs, budget, knockout
 from lib.reporting.naming import label_of
 from lib.reporting.page.grids import Cell, Column, Grid, Kind, count_cell, percent_cell
 from lib.reporting.page.inputs import PageInputs
-from lib.reporting.page.texts import count, is_number, percent, plural, visible
+from lib.reporting.page.texts import count, is_number, percent, visible
 from lib.reporting.rules import hq_count, load_best_rows
 from lib.reporting.scopes import DEFAULT_SCOPES
 
@@ -56,7 +56,7 @@ def _flip_controls(inputs: PageInputs) -> Iterator[Control]:
     noise = block_of(controls, "random_neurons")
     if is_number(noise.get("flip_any_rate")):
         yield Control(
-            f"{plural(int(noise.get('n_neurons') or 0), 'random neuron')} of the same components",
+            f"{count(noise.get('n_neurons'))} random neurons of the same components",
             f"flip {percent(noise['flip_any_rate'])} of the prompts on average, "
             f"at most {percent(noise.get('max_flip_any_rate'))}",
             "the agonists' flip rates are to be read against this floor",
@@ -80,7 +80,8 @@ def _joint_control(inputs: PageInputs) -> Iterator[Control]:
         share = test.get(f"share_{before}_{change}")
         if not is_number(share):
             continue
-        drawn = [value for value in test.get(f"share_{before}_{change}_random") or () if is_number(value)]
+        drawn = test.get(f"share_{before}_{change}_random")
+        drawn = [value for value in drawn if is_number(value)] if isinstance(drawn, list) else []
         random = f"random neurons {percent(sum(drawn) / len(drawn))}" if drawn else "no random neurons to compare with"
         yield Control(
             "All agonists ablated at once, held-out prompts",

@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from lib.flip_answer_log import AnswerLog
     from lib.flip_table import FlipTable
+    from lib.neurons import Neuron
     from lib.scores_table import ScoresTable
     from lib.task_spec import FeatureTaskSpec
 
 Value = TypeVar("Value")
 ANSWERS_FILE = "ablated_answers.jsonl"
+_MAX_LAYERS, _MAX_WIDTH = 10_000, 2**31
 _TASKS_DIR = Path(__file__).resolve().parents[2] / "tasks"
 
 
@@ -36,6 +38,14 @@ class PageOptions:
     max_prompts: int = 20
     hq_threshold: float = DEFAULT_THRESHOLD
     min_coverage: float = DEFAULT_MIN_COVERAGE
+
+
+def is_possible(neuron: Neuron) -> bool:
+    """Whether a model can have such a neuron: a damaged file may name anything."""
+    try:
+        return neuron.layer < _MAX_LAYERS and neuron.index < _MAX_WIDTH
+    except (UserError, ValueError):
+        return False
 
 
 class TableLayout(NamedTuple):
@@ -78,7 +88,8 @@ class PageInputs:
         """What a reader that raises gives; None, with a note, if it refuses."""
         try:
             return read()
-        except UserError as error:
+        except (UserError, ValueError) as error:
+            # A damaged file may also hold text where a number has to be.
             self.note(artifact, Status.INVALID.value, str(error))
             return None
 
@@ -206,7 +217,8 @@ class PageInputs:
             return None
         names = [str(name) for name in header.columns]
         target = next((name for name in (self.target, "is_correct", "is_jailbroken") if name in names), self.target)
-        neurons = neurons_of_frame(names)
+        neurons = self.attempt(lambda: neurons_of_frame(names), "scores.csv of the run") or []
+        neurons = [neuron for neuron in neurons if is_possible(neuron)]
         if not neurons:
             return None
         return self.attempt(lambda: read_flip_table(path, neurons, target), "scores.csv of the run")
@@ -223,10 +235,16 @@ class PageInputs:
             self.note(ANSWERS_FILE, "missing", "no such file: answers after ablation are not shown")
             return None
         log = self.attempt(lambda: AnswerLog.read(path), ANSWERS_FILE)
-        if log is not None and (log.n_rows != len(self.flips.rows) or log.baseline is None):
+        if log is not None and not (isinstance(log.baseline, list) and len(log.baseline) == len(self.flips.rows)):
             self.note(ANSWERS_FILE, "stale", "it has other rows than scores.csv; run stage 7 again")
             return None
         return log
+
+    @property
+    def width(self) -> int | None:
+        """Coordinates per component, as stage 7 recorded it."""
+        width = self.answers.d_model if self.answers is not None else None
+        return width if isinstance(width, int) and 0 < width < _MAX_WIDTH else None
 
     def rules(self, scope: Scope) -> pd.DataFrame | None:
         """Rule rows of every neuron and target in a scope, after the coverage floor."""

@@ -251,7 +251,8 @@ def _details(neurons: Neurons, facts: list[NeuronFacts]) -> dict[str, Any]:
 def _prompt_record(neurons: Neurons, row: int) -> list[str | None]:
     """[prompt without the shared beginning, answer before, what the prompt was used for]."""
     table = neurons.inputs.flips
-    return [_prompt(neurons, row), _before(neurons, row), str(table.rows.roles[row]) if table is not None else None]
+    role = visible(table.rows.roles[row], 40) if table is not None else None
+    return [_prompt(neurons, row), _before(neurons, row), role]
 
 
 def _prompt(neurons: Neurons, row: int) -> str | None:

@@ -15,7 +15,7 @@ from lib.flip_answer_log import group_key
 from lib.flip_targets import FlipTarget
 from lib.neurons import Neuron, parse_neuron
 from lib.reporting.page.behaviour_rules import shown_rule
-from lib.reporting.page.inputs import PageInputs
+from lib.reporting.page.inputs import PageInputs, is_possible
 from lib.reporting.page.texts import shared_prefix, to_float, visible
 from lib.reporting.rules import best_per_neuron, neuron_keys
 from lib.reporting.scopes import Scope
@@ -86,11 +86,16 @@ class Neurons:
         return sorted(found.values(), key=lambda facts: (-np.nan_to_num(facts.rate, nan=-1.0), facts.neuron.sort_key))
 
     def _parsed(self, name: str) -> Neuron | None:
+        """The neuron of a name; None, with a note, if no model can have it."""
         try:
-            return parse_neuron(name)
-        except UserError as error:
-            self.inputs.note("neuron_buckets.json", "invalid", visible(error))
+            neuron = parse_neuron(name)
+        except (UserError, ValueError) as error:
+            self.inputs.note("neuron_buckets.json", "invalid", visible(error, 200))
             return None
+        if is_possible(neuron):
+            return neuron
+        self.inputs.note("neuron_buckets.json", "invalid", f"{visible(name, 60)!r} is no neuron of any model")
+        return None
 
     @staticmethod
     def _add_flips(found: dict[str, NeuronFacts], table: FlipTable) -> None:
