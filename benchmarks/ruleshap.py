@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,45 +29,43 @@ from lib.ruleshap import RuleSHAP  # noqa: E402
 BASELINES = (Baseline.RULEFIT, Baseline.SKOPE, Baseline.TREE)
 # RuleFit takes 6 CPU seconds on 2,000 x 40 and minutes on much more.
 RULEFIT_CELLS = 2000 * 40
+RULESHAP = "ruleshap"
 EXACT_FAMILIES = ("conjunction", "disjunction", "interval")
 
 
-def measure(case: tuple[str, int, int, float, int, tuple[Baseline, ...]]) -> list[dict]:
-    """RuleSHAP and the baselines on one problem; a row per learner."""
-    family, n_rows, n_features, noise, seed, baselines = case
+def measure(case: tuple[str, int, int, float, int, tuple[str, ...]]) -> list[dict]:
+    """Learners on one problem; a row each."""
+    family, n_rows, n_features, noise, seed, learners = case
     problem = planted(family, n_rows, n_features, noise, seed)
     cell = {"family": family, "rows": n_rows, "features": n_features, "noise": noise, "seed": seed}
-    started, cpu = time.perf_counter(), time.process_time()
-    model = RuleSHAP(random_state=seed).fit(problem.features, problem.y, feature_names=problem.names)
-    rows = [
-        cell
-        | {
-            "learner": "ruleshap",
-            "seconds": time.perf_counter() - started,
-            "cpu": time.process_time() - cpu,
-            "mcc": _test_mcc(model.fires(problem.test_features), problem),
-            "exact": problem.is_recovered(model.rule_),
-            "literals": model.rule_.n_literals,
-            "conditions": model.rule_.n_conditions,
-            "rule": model.rule_.display(),
-            "planted": problem.rule.display(),
-        }
-    ]
-    for baseline in baselines:
+    rows = []
+    for learner in learners:
         started, cpu = time.perf_counter(), time.process_time()
-        other = fit_baseline(baseline, LabelledRows(problem.features, problem.names, problem.y), seed)
-        rows.append(
-            cell
-            | {
-                "learner": baseline.value,
-                "seconds": time.perf_counter() - started,
-                "cpu": time.process_time() - cpu,
-                "mcc": _test_mcc(other.predict(problem.test_features), problem),
-                "literals": other.n_rules,
-                "conditions": other.n_conditions,
-            }
-        )
+        found = _ruleshap(problem, seed) if learner == RULESHAP else _baseline(learner, problem, seed)
+        spent = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+        rows.append(cell | {"learner": learner} | spent | found())
     return rows
+
+
+def _ruleshap(problem: Planted, seed: int) -> Callable[[], dict]:
+    model = RuleSHAP(random_state=seed).fit(problem.features, problem.y, feature_names=problem.names)
+    return lambda: {
+        "mcc": _test_mcc(model.fires(problem.test_features), problem),
+        "exact": problem.is_recovered(model.rule_),
+        "literals": model.rule_.n_literals,
+        "conditions": model.rule_.n_conditions,
+        "rule": model.rule_.display(),
+        "planted": problem.rule.display(),
+    }
+
+
+def _baseline(learner: str, problem: Planted, seed: int) -> Callable[[], dict]:
+    other = fit_baseline(Baseline(learner), LabelledRows(problem.features, problem.names, problem.y), seed)
+    return lambda: {
+        "mcc": _test_mcc(other.predict(problem.test_features), problem),
+        "literals": other.n_rules,
+        "conditions": other.n_conditions,
+    }
 
 
 def _test_mcc(fires: np.ndarray, problem: Planted) -> float:
@@ -106,15 +105,12 @@ def main() -> None:
     parser.add_argument("--csv", default=None, help="keep each problem's rows here; it is not run again")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.rows, args.features, args.noise = 3, [2000], [40], [0.0, 0.05]
-    cases = [
-        (*case, () if args.no_baselines else _baselines(*case[1:3], case[4], args))
-        for case in itertools.product(args.families, args.rows, args.features, args.noise, range(args.seeds))
-    ]
+        args.seeds, args.rows, args.features, args.noise, args.rulefit_seeds = 3, [2000], [40], [0.0, 0.05], 1
     results = pd.read_csv(args.csv) if args.csv and Path(args.csv).is_file() else pd.DataFrame()
-    cases = [case for case in cases if not _is_done(case, results)]
+    cells = itertools.product(args.families, args.rows, args.features, args.noise, range(args.seeds))
+    cases = [(*cell, _learners(cell, args, results)) for cell in cells]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for rows in pool.imap(measure, cases):
+        for rows in pool.imap(measure, [case for case in cases if case[-1]]):
             results = pd.concat([results, pd.DataFrame(rows)], ignore_index=True)
             if args.csv:
                 # After each problem: a long run can be watched, interrupted and continued.
@@ -144,18 +140,19 @@ def main() -> None:
     print(" ".join(f"{key}={value}" for key, value in line.items()))
 
 
-def _baselines(n_rows: int, n_features: int, seed: int, args: argparse.Namespace) -> tuple[Baseline, ...]:
-    """Which baselines see a problem: the dear ones only the first seeds."""
-    seeds = dict.fromkeys(BASELINES, args.seeds if n_rows * n_features <= RULEFIT_CELLS else args.large_seeds)
-    seeds[Baseline.RULEFIT] = args.rulefit_seeds if n_rows * n_features <= RULEFIT_CELLS else 0
-    return tuple(baseline for baseline in BASELINES if seed < seeds[baseline])
-
-
-def _is_done(case: tuple, results: pd.DataFrame) -> bool:
-    if results.empty:
-        return False
-    same = (results[["family", "rows", "features", "noise", "seed"]] == list(case[:5])).all(axis=1)
-    return bool((same & (results["learner"] == "ruleshap")).any())
+def _learners(cell: tuple, args: argparse.Namespace, results: pd.DataFrame) -> tuple[str, ...]:
+    """Which learners have yet to see a problem; the dear ones see only the first seeds of a cell."""
+    _, n_rows, n_features, _, seed = cell
+    is_small = n_rows * n_features <= RULEFIT_CELLS
+    seeds = {RULESHAP: args.seeds}
+    if not args.no_baselines:
+        seeds |= dict.fromkeys((each.value for each in BASELINES), args.seeds if is_small else args.large_seeds)
+        seeds[Baseline.RULEFIT.value] = args.rulefit_seeds if is_small else 0
+    done: set[str] = set()
+    if not results.empty:
+        same = (results[["family", "rows", "features", "noise", "seed"]] == list(cell)).all(axis=1)
+        done = set(results["learner"][same])
+    return tuple(learner for learner, n in seeds.items() if seed < n and learner not in done)
 
 
 def _exact(results: pd.DataFrame, noise: float) -> str:
