@@ -17,9 +17,10 @@ import numpy as np
 
 from lib.cli import UserError, rng
 
-REQUEST_COLUMNS = ("original_prompt", "request", "prompt", "Behavior", "behavior", "Goal", "goal", "instruction",
+REQUEST_COLUMNS = ("original_prompt", "request", "prompt", "Goal", "goal", "Behavior", "behavior", "instruction",
                    "text")
-"""Names of the column with the requests, first found wins; HarmBench calls it Behavior, JailbreakBench Goal."""
+"""Names of the column with the requests, first found wins. JailbreakBench calls it Goal, and its Behavior is a short
+title; HarmBench has the request in Behavior and no Goal."""
 _WORD = re.compile(r"[^\W\d_]{4,}")
 
 

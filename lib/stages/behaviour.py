@@ -204,7 +204,7 @@ class BehaviourCache:
         if n_empty > MANY_EMPTY * len(frame):
             report.line(f"warning: {n_empty} of {len(frame)} answers are empty: the model ends at once. Models tuned "
                         "for chat often do so on a bare question; give the prompt a form that calls for an answer, "
-                        "such as 'Question: ...', line break, 'Answer:'")
+                        "such as 'Q: ...', line break, 'A:'")
         return plain(self.task.get_basic_statistics(frame))
 
 

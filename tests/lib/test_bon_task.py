@@ -73,7 +73,9 @@ def test_variants_depend_on_the_seed_and_not_on_the_other_requests():
 
 def test_the_builder_reads_known_columns_and_writes_what_stage_1_reads(tmp_path, capsys):
     (tmp_path / "harm.csv").write_text("Behavior,SemanticCategory\n" + "\n".join(f'"{r}",x' for r in REQUESTS) + "\n")
-    (tmp_path / "jbb.json").write_text(json.dumps([{"Goal": request} for request in REQUESTS]))
+    # JailbreakBench has both names: there, Behavior is a title.
+    rows = [{"Index": n, "Goal": request, "Target": "Sure", "Behavior": "Title"} for n, request in enumerate(REQUESTS)]
+    (tmp_path / "jbb.json").write_text(json.dumps(rows))
     assert read_requests(tmp_path / "harm.csv", "") == read_requests(tmp_path / "jbb.json", "") == REQUESTS
     output = tmp_path / "data/dataset.json"
     build = load_script("build_bon_dataset").main
