@@ -3,7 +3,8 @@
 Arithmetic with operands up to 17 (1,261 prompts), 120 MLP neurons: in each layer the two coordinates with the largest
 mean write, the rest random. The stage runs end to end; then a random 5 % of the prompts is answered again by the naive
 loop under every neuron. Pure noise and planted rules (5 % label noise, 40 features) say what a score means.
-Prints a table and one line of key=value pairs.
+Prints a table and one line of key=value pairs. With `--work_dir` every part is kept when it is done, so that the
+benchmark can be interrupted, and `--parts` measures some parts only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np  # noqa: E402 (threads have to be limited first)
 import torch  # noqa: E402
 
 from benchmarks.ablation_engine import NaiveLoop  # noqa: E402
+from lib.artifacts import write_json  # noqa: E402
 from lib.cli import Report, build_parser  # noqa: E402
 from lib.flip_answer_log import AnswerLog  # noqa: E402
 from lib.flip_fit_pool import fit_all  # noqa: E402
@@ -37,7 +40,22 @@ from lib.stages.flip_anchoring import ANSWERS_FILE, FlipAnchoring  # noqa: E402
 from lib.stages.flip_options import add_flip_arguments  # noqa: E402
 from tests.scripts import run_script  # noqa: E402
 
-N_SHARE = 0.05
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. share: of the prompts, answered by the naive loop too."""
+
+    n_neurons: int
+    limit: int | None
+    share: float
+    n_targets: int
+    n_noise: int
+    n_noise_rows: int
+    n_seeds: int
+
+
+FULL = Size(n_neurons=120, limit=None, share=0.05, n_targets=60, n_noise=200, n_noise_rows=1261, n_seeds=10)
+QUICK = Size(n_neurons=16, limit=240, share=0.2, n_targets=12, n_noise=12, n_noise_rows=600, n_seeds=1)
 PLANTS = {
     "conjunction": lambda x: (x[:, 2] > 10) & (x[:, 7] <= 0.5),
     "disjunction": lambda x: ((x[:, 4] > 14) & (x[:, 9] > 0.3)) | (x[:, 6] <= 2),
@@ -46,19 +64,39 @@ PLANTS = {
 
 
 class TimedEngine:
-    """An engine that counts evaluations and their CPU seconds: other programs on the machine do not distort them."""
+    """An engine that counts evaluations and their CPU seconds: other programs on the machine do not distort them.
 
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.baseline_answers = engine, engine.baseline_answers
-        self.n_evaluations, self.seconds = 0, 0.0
+    The counts are kept in a file, beside the answers that an interrupted run keeps.
+    """
 
-    def answers(self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int]) -> Any:
+    def __init__(self, engine: Any, path: Path) -> None:
+        self.engine, self.baseline_answers, self.path = engine, engine.baseline_answers, path
+
+    def prepare(self, groups: Sequence[Sequence[Neuron]]) -> None:
         """As the engine's."""
         started = time.process_time()
-        result = self.engine.answers(groups, datapoints)
-        self.seconds += time.process_time() - started
-        self.n_evaluations += len(groups) * len(datapoints)
+        self.engine.prepare(groups)
+        self._add(0, time.process_time() - started)
+
+    def answers(
+        self,
+        groups: Sequence[Sequence[Neuron]],
+        datapoints: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+    ) -> Any:
+        """As the engine's."""
+        started = time.process_time()
+        result = self.engine.answers(groups, datapoints, progress)
+        self._add(len(groups) * len(datapoints), time.process_time() - started)
         return result
+
+    def _add(self, n_evaluations: int, seconds: float) -> None:
+        known = json.loads(self.path.read_text()) if self.path.is_file() else {"n_evaluations": 0, "seconds": 0.0}
+        known = {
+            "n_evaluations": known["n_evaluations"] + n_evaluations,
+            "seconds": known["seconds"] + seconds,
+        }
+        write_json(self.path, known)
 
 
 def prepare(work: Path, limit: int | None) -> dict[str, Path]:
@@ -130,11 +168,41 @@ def stage_arguments(paths: dict[str, Path], jobs: int) -> Namespace:
     return build_parser(add_flip_arguments, None).parse_args(argv)
 
 
-def against_naive(engine: TimedEngine, answers: AnswerLog, prompts: Sequence[str], share: float) -> dict[str, Any]:
+def measure_flips(work: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """The stage end to end; engine evaluations per CPU second, controls and joint groups included."""
+    paths = prepare(work, size.limit)
+    stage = FlipAnchoring(stage_arguments(paths, args.jobs), Report(quiet=True))
+    timing = work / "engine_timing.json"
+
+    def make(prompts: Sequence[str], references: Sequence[str]) -> LoadedEngine:
+        loaded = stage.model.engine(prompts, references)
+        return LoadedEngine(TimedEngine(loaded.engine, timing), loaded.d_model)
+
+    if not (paths["agonists"] / "neuron_buckets.json").is_file():
+        write_candidates(stage, size.n_neurons, paths["agonists"])
+    timed = FlipAnchoring(stage.args, Report(quiet=True), make)
+    started = time.perf_counter()
+    timed.run()
+    counted = json.loads(timing.read_text())
+    return {
+        "n_prompts": AnswerLog.read(timed.stats_dir / ANSWERS_FILE).n_rows,
+        "n_neurons": size.n_neurons,
+        "wall": time.perf_counter() - started,
+        "engine_rate": counted["n_evaluations"] / counted["seconds"],
+    }
+
+
+def against_naive(work: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
     """Answer a random share of the prompts under every neuron by the naive loop; compare texts and speed."""
-    rows = np.sort(np.random.default_rng(1).choice(len(prompts), max(32, int(share * len(prompts))), replace=False))
-    naive = NaiveLoop(engine.engine.lm, [prompts[row] for row in rows], engine.engine.table)
+    stage = FlipAnchoring(stage_arguments(prepare(work, size.limit), args.jobs), Report(quiet=True))
+    answers, prompts = AnswerLog.read(stage.stats_dir / ANSWERS_FILE), stage.scores.prompts
+    engine = stage.model.engine(prompts, stage._measurer()._references).engine
+    rows = np.sort(
+        np.random.default_rng(1).choice(len(prompts), max(32, int(size.share * len(prompts))), replace=False)
+    )
+    naive = NaiveLoop(engine.lm, [prompts[row] for row in rows], engine.table)
     groups = [[parse_neuron(key)] for key in answers.runs]
+    engine.prepare(groups)
     started = time.process_time()
     expected = [naive.answers(group) for group in groups]
     naive_rate = len(groups) * len(rows) / (time.process_time() - started)
@@ -147,11 +215,10 @@ def against_naive(engine: TimedEngine, answers: AnswerLog, prompts: Sequence[str
         )
     late = [[neuron] for group in groups for neuron in group if neuron.layer >= 0.8 * naive.lm.n_layers]
     started = time.process_time()
-    engine.engine.answers(late, range(len(prompts)))
+    engine.answers(late, range(len(prompts)))
     late_rate = len(late) * len(prompts) / (time.process_time() - started)
     return {
         "naive_rate": naive_rate,
-        "engine_rate": engine.n_evaluations / engine.seconds,
         "late_rate": late_rate,
         "n_compared": len(groups) * len(rows),
         "n_unlike": n_unlike,
@@ -184,52 +251,72 @@ def fit(folder: Path, some: FitProblem, flips: np.ndarray, jobs: int) -> Any:
     return rules[rules["score_scope"] == "test"]
 
 
+def measure_fits(work: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per target of choosing and scoring rules on the task's own features."""
+    stage = FlipAnchoring(stage_arguments(prepare(work, size.limit), args.jobs), Report(quiet=True))
+    seconds = fitting_seconds(stage, work, size.n_targets, args.jobs)
+    return {"n_targets": size.n_targets, "seconds_per_target": seconds}
+
+
+def measure_noise(work: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """What targets get whose flips are pure chance."""
+    some = problem(size.n_noise_rows, 1)
+    chance = np.random.default_rng(2).random((size.n_noise, size.n_noise_rows)) < 0.15
+    held_out = fit(work / "noise", some, chance, args.jobs)
+    return {
+        "n_noise": len(held_out),
+        "n_badges": int(held_out["badge"].sum()),
+        "n_high_quality": int(held_out["high_quality"].sum()),
+        "n_called": int((held_out["q_value"] <= 0.05).sum()),
+        "n_with_rule": int((held_out["rule_len_atoms"] > 0).sum()),
+        "largest_mcc": float(held_out["MCC"].max()),
+    }
+
+
+def measure_planted(work: Path, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """TEST MCC that planted rules lose to label noise in being found."""
+    return {"planted": {name: planted_shortfall(work / name, name, size.n_seeds, args.jobs) for name in PLANTS}}
+
+
+PARTS = {
+    "flips": measure_flips,
+    "naive": against_naive,
+    "fits": measure_fits,
+    "noise": measure_noise,
+    "planted": measure_planted,
+}
+
+
 def main() -> None:
-    """Run everything."""
+    """Run what is not yet measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer prompts, neurons and targets: under two minutes")
-    parser.add_argument(
-        "--work_dir", type=Path, default=None, help="keep files here; finished parts are not timed again"
-    )
+    parser.add_argument("--work_dir", type=Path, default=None, help="keep files here; finished parts are kept")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="measure these only")
     parser.add_argument("--jobs", type=int, default=2, help="processes that fit rules")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        measure(args.work_dir or Path(scratch), args)
+        work = args.work_dir or Path(scratch)
+        measured = {name: measure_part(name, work, args) for name in args.parts}
+        if set(measured) == set(PARTS):
+            tell({key: value for part in measured.values() for key, value in part.items()})
+        else:
+            print(json.dumps(measured, indent=1))
 
 
-def measure(work: Path, args: argparse.Namespace) -> None:
-    """The whole benchmark in a folder."""
-    n_neurons, limit, n_targets, n_noise, n_seeds = (16, 240, 12, 12, 1) if args.quick else (120, None, 60, 200, 10)
-    paths = prepare(work, limit)
-    made: list[TimedEngine] = []
-    stage = FlipAnchoring(stage_arguments(paths, args.jobs), Report(quiet=True))
-
-    def make(prompts: Sequence[str], references: Sequence[str]) -> LoadedEngine:
-        loaded = stage.model.engine(prompts, references)
-        made.append(TimedEngine(loaded.engine))
-        return LoadedEngine(made[-1], loaded.d_model)
-
-    write_candidates(stage, n_neurons, paths["agonists"])
-    timed = FlipAnchoring(stage.args, Report(quiet=True), make)
-    started = time.perf_counter()
-    timed.run()
-    wall = time.perf_counter() - started
-    answers = AnswerLog.read(timed.stats_dir / ANSWERS_FILE)
-    results = against_naive(made[0], answers, stage.scores.prompts, 0.2 if args.quick else N_SHARE)
-    results |= {"n_prompts": answers.n_rows, "n_neurons": n_neurons, "wall": wall, "n_targets": n_targets}
-    results["seconds_per_target"] = fitting_seconds(timed, work, n_targets, args.jobs)
-    some = problem(600 if args.quick else 1261, 1)
-    chance = np.random.default_rng(2).random((n_noise, len(some.baseline))) < 0.15
-    results["noise"] = fit(work / "noise", some, chance, args.jobs)
-    results["planted"] = {name: planted_shortfall(work / name, name, n_seeds, args.jobs) for name in PLANTS}
-    tell(results)
+def measure_part(name: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one part, from its file if they are there."""
+    path = work / f"measured_{name}.json"
+    if not path.is_file():
+        write_json(path, PARTS[name](work, QUICK if args.quick else FULL, args))
+    return json.loads(path.read_text())
 
 
 def tell(results: dict[str, Any]) -> None:
     """Print the table and the line."""
-    naive, noise = results["naive_rate"], results["noise"]
+    naive = results["naive_rate"]
     ratio, late_ratio = results["engine_rate"] / naive, results["late_rate"] / naive
-    n_badges, n_called = int(noise["badge"].sum()), int((noise["q_value"] <= 0.05).sum())
+    n_noise, n_called = results["n_noise"], results["n_called"]
     rows = [
         ("prompts x neurons", f"{results['n_prompts']} x {results['n_neurons']} (and controls)"),
         ("stage 7, seconds", f"{results['wall']:.1f}"),
@@ -238,7 +325,11 @@ def tell(results: dict[str, Any]) -> None:
         ("engine, last fifth of the layers", f"{results['late_rate']:.0f} ({late_ratio:.1f} x)"),
         ("answers compared, unlike", f"{results['n_compared']}, {results['n_unlike']}"),
         ("targets fitted, seconds each", f"{results['n_targets']}, {results['seconds_per_target']:.2f}"),
-        (f"{len(noise)} noise targets: badges, q <= 0.05", f"{n_badges}, {n_called}"),
+        (
+            f"{n_noise} noise targets: with a rule, largest TEST MCC",
+            f"{results['n_with_rule']}, {results['largest_mcc']:.2f}",
+        ),
+        (f"{n_noise} noise targets: badges, q <= 0.05", f"{results['n_badges']}, {n_called}"),
     ]
     for name, values in results["planted"].items():
         label = f"planted {name}: TEST MCC below its own"
@@ -247,7 +338,7 @@ def tell(results: dict[str, Any]) -> None:
     shortfall = np.mean([value for values in results["planted"].values() for value in values])
     print(
         f"ratio={ratio:.2f} equal={results['n_unlike'] == 0} seconds_per_target={results['seconds_per_target']:.2f} "
-        f"late_ratio={late_ratio:.1f} noise_badges={n_badges} noise_share_q05={n_called / len(noise):.3f} "
+        f"late_ratio={late_ratio:.1f} noise_badges={results['n_badges']} noise_share_q05={n_called / n_noise:.3f} "
         f"planted_shortfall={shortfall:.3f}"
     )
 

@@ -94,6 +94,14 @@ class AblationEngine:
 
     # ------------------------------------------------------------ public
 
+    def prepare(self, groups: Sequence[Sequence[Neuron]]) -> None:
+        """Measure the replacement values of all these groups in one pass over the reference prompts.
+
+        `answers` does it for its own groups; whoever calls it several times saves passes by announcing all of them.
+        """
+        self._check(groups)
+        self.table.prepare({neuron.layer_label for group in groups for neuron in group})
+
     def answers(
         self,
         groups: Sequence[Sequence[Neuron]],
@@ -107,13 +115,12 @@ class AblationEngine:
         Raises:
             UserError: a neuron that the model does not have, or one row that does not fit into memory.
         """
-        self._check(groups)
+        self.prepare(groups)
         changed = np.zeros((len(groups), len(datapoints)), dtype=bool)
         texts: dict[tuple[int, int], str] = {}
         columns: dict[int, list[int]] = {}
         for column, datapoint in enumerate(datapoints):
             columns.setdefault(self._block_of[int(datapoint)][0], []).append(column)
-        self.table.prepare({neuron.layer_label for group in groups for neuron in group})
         stages = [leaving_stage(group, self.lm.n_layers) for group in groups]
         order = sorted(range(len(groups)), key=lambda i: (stages[i], i))
         for number in sorted(columns):

@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -47,6 +48,16 @@ class Report:
     ) -> Iterator[Item]:
         """Iterate with a progress bar and an estimate of the time left, silent with `--quiet`."""
         return progress(iterable, total=total, unit=unit, desc=desc, quiet=self.quiet)
+
+    @contextmanager
+    def counter(
+        self, *, total: int | None = None, unit: str = "it", desc: str | None = None
+    ) -> Iterator[Callable[[int], object]]:
+        """A progress bar that grows by what its caller reports, for work that is done in pieces of any size."""
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=unit, desc=desc, disable=self.quiet, mininterval=0.5, dynamic_ncols=True) as bar:
+            yield bar.update
 
 
 def progress(

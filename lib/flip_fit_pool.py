@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lib.cli import UserError
 from lib.flip_rules import FitProblem, FitSettings, NeuronFit, TargetStatus
 from lib.neurons import Neuron
 
@@ -44,40 +47,28 @@ def fit_all(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "features.npy"
         np.save(path, problem.features, allow_pickle=False)
-        shared = (
-            path,
-            problem.feature_names,
-            problem.baseline,
-            problem.is_fit,
-            problem.is_test,
-            digest,
-            settings,
-            force,
-        )
+        shared = (path, replace(problem, features=np.empty((0, 0))), digest, settings, force)
         with ProcessPoolExecutor(min(jobs, len(units)), get_context("spawn"), _start_worker, shared) as pool:
             futures = {pool.submit(_fit_in_worker, *unit): place for place, unit in enumerate(units)}
-            done = {futures[future]: future.result() for future in progress(as_completed(futures))}
+            try:
+                done = {futures[future]: future.result() for future in progress(as_completed(futures))}
+            except BrokenProcessPool:
+                raise UserError(
+                    f"one of the {jobs} processes that fit rules was killed, probably for want of memory; "
+                    "run again with a smaller --jobs (finished neurons are kept)"
+                ) from None
     return [status for place in range(len(units)) for status in done[place]]
 
 
 _WORKER: dict[str, Any] = {}
 
 
-def _start_worker(
-    path: Path,
-    names: tuple[str, ...],
-    baseline: np.ndarray,
-    is_fit: np.ndarray,
-    is_test: np.ndarray,
-    digest: str,
-    settings: FitSettings,
-    force: bool,
-) -> None:
-    """Prepare a worker process: shared features, one thread (the processes are the parallelism)."""
+def _start_worker(path: Path, rest: FitProblem, digest: str, settings: FitSettings, force: bool) -> None:
+    """Prepare a worker process: features from the shared file, one thread (the processes are the parallelism)."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
-    problem = FitProblem(np.load(path, mmap_mode="r"), names, baseline, is_fit, is_test)
+    problem = replace(rest, features=np.load(path, mmap_mode="r"))
     _WORKER.update(problem=problem, digest=digest, settings=settings, force=force)
 
 

@@ -140,13 +140,11 @@ class FlipMeasurer:
 
     def _measure(self, groups: Sequence[Group]) -> None:
         missing = self.log.missing(groups)
-        if missing:
-            measure_answers(
-                self._engine().engine,
-                missing,
-                self.log,
-                progress=lambda chunks: self.report.progress(chunks, unit="chunk of neurons", desc="flips"),
-            )
+        if not missing:
+            return
+        engine = self._engine().engine
+        with self.report.counter(total=len(missing) * self.log.n_rows, unit="answer", desc="flips") as advance:
+            measure_answers(engine, missing, self.log, progress=advance)
 
     def _random(self, like: Sequence[Neuron], n_neurons: int, label: str) -> list[Neuron]:
         """Random neurons, none a candidate, from the candidates' components in proportion."""

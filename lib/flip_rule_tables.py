@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.artifacts import file_digest, read_csv, text_digest, write_csv, write_json
+from lib.artifacts import file_digest, read_csv, read_json, text_digest, write_csv, write_json
+from lib.cli import UserError
 from lib.flip_metrics import INTERVAL_METRICS, QualityCut, q_values
 from lib.flip_targets import FlipTarget
 from lib.neurons import Neuron
 
+MANIFEST_NAME = "rule_combo_metrics_manifest.json"
 MANIFEST_SIGNATURE = "rule_combo_metrics_from_raw_v1"
 TRAIN, TEST, TEST_SELECTED, ALL_FIT = "train", "test", "test_selected", "all_fit"
 REPORTED_SCOPES = (TEST, TEST_SELECTED, ALL_FIT)
@@ -263,8 +265,31 @@ def write_rule_tables(
                 put(f"rule_combo_metrics_{name}.csv", table)
         if scope == ALL_FIT:
             put("rule_combo_metrics_all_fit.csv", rows)
-    write_json(stats_dir / "rule_combo_metrics_manifest.json", _manifest(run, cut, scopes, stats_dirname))
-    return [*written, stats_dir / "rule_combo_metrics_manifest.json"]
+    write_json(stats_dir / MANIFEST_NAME, _manifest(run, cut, scopes, stats_dirname))
+    return [*written, stats_dir / MANIFEST_NAME]
+
+
+def check_manifest(stats_dir: Path, run: RuleRun) -> None:
+    """Refuse rule files that are not those a finished run gathered. Neurons' folders are shared by runs.
+
+    Raises:
+        UserError: a rule file of the run's neurons has changed, is gone, or is new since its manifest was written.
+    """
+    manifest = stats_dir / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    listed = {
+        str(entry["path"]): str(entry["sha256"])
+        for entry in read_json(manifest, "manifest of the rules")["raw_rule_combo_files"]
+        if Path(entry["path"]).parent.as_posix() in {f"{run.policy}/{neuron.key}" for neuron in run.neurons}
+    }
+    present = {path.relative_to(run.rules_dir).as_posix(): file_digest(path) for *_, path in run.files()}
+    unlike = sorted(name for name in {*listed, *present} if listed.get(name) != present.get(name))
+    if unlike:
+        raise UserError(
+            f"{len(unlike)} rule files below {run.rules_dir / run.policy} are not those of {manifest} ({unlike[0]}): "
+            "another run has fitted these neurons since; run stage 7 again without *_only (answers are kept)"
+        )
 
 
 def _manifest(run: RuleRun, cut: QualityCut, scopes: Sequence[str], stats_dirname: str) -> dict[str, Any]:

@@ -45,13 +45,17 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitProblem:
-    """What all neurons share. features: [row, feature]; baseline, is_fit, is_test: bool [row]."""
+    """What all neurons share. features: [row, feature]; baseline, is_fit, is_test: bool [row].
+
+    groups: int [row], equal for variants of one prompt, or None if every row stands for itself.
+    """
 
     features: np.ndarray
     feature_names: tuple[str, ...]
     baseline: np.ndarray
     is_fit: np.ndarray
     is_test: np.ndarray
+    groups: np.ndarray | None = None
 
     def digest(self) -> str:
         """Fingerprint of all of it."""
@@ -60,6 +64,8 @@ class FitProblem:
         total = hashlib.sha256(text_digest([self.feature_names, list(self.features.shape)]).encode())
         for array in (self.features, self.baseline, self.is_fit, self.is_test):
             total.update(np.ascontiguousarray(array).tobytes())
+        if self.groups is not None:
+            total.update(self.groups.astype(np.int64).tobytes())
         return total.hexdigest()
 
 
@@ -173,19 +179,20 @@ class NeuronFit:
             with_test_selected=self.settings.emit_test_selected,
             seed=seed,
         )
-        baseline = {TRAIN: self.problem.baseline[train_rows], TEST: self.problem.baseline[test_rows]}
-        chosen = choose_baseline_rule(train.y, baseline[TRAIN])
-        known = mcc_of(chosen.fires(baseline[TRAIN]), train.y)
+        both_rows = np.concatenate([np.flatnonzero(train_rows), np.flatnonzero(test_rows)])
+        baseline_of_train = self.problem.baseline[train_rows]
+        chosen = choose_baseline_rule(train.y, baseline_of_train)
+        known = mcc_of(chosen.fires(baseline_of_train), train.y)
         add_columns(
             self.folder / f"rule_combo_train_{column}.csv", {"baseline_rule": chosen.value, "baseline_rule_MCC": known}
         )
         add_columns(
-            self.folder / f"rule_combo_{column}.csv", self._honest(target, TEST, model, test, baseline[TEST], chosen)
+            self.folder / f"rule_combo_{column}.csv",
+            self._honest(target, TEST, model, test, np.flatnonzero(test_rows), chosen),
         )
         if whole is not None:
-            baseline_of_both = np.concatenate([baseline[TRAIN], baseline[TEST]])
-            chosen = choose_baseline_rule(both.y, baseline_of_both)
-            honest = self._honest(target, ALL_FIT, whole, both, baseline_of_both, chosen)
+            chosen = choose_baseline_rule(both.y, self.problem.baseline[both_rows])
+            honest = self._honest(target, ALL_FIT, whole, both, both_rows, chosen)
             add_columns(self.folder / f"rule_combo_all_fit_{column}.csv", honest)
 
     def _labelled(self, rows: np.ndarray) -> LabelledRows:
@@ -213,14 +220,24 @@ class NeuronFit:
         scope: str,
         model: RuleSHAP,
         rows: LabelledRows,
-        baseline: np.ndarray,
+        numbers: np.ndarray,
         baseline_rule: BaselineRule,
     ) -> dict[str, Any]:
-        """Intervals, gain over the rule that knows only the baseline label (chosen where the rule was), chance."""
+        """Intervals, gain over the rule that knows only the baseline label (chosen where the rule was), chance.
+
+        numbers: [row] where the rows are in the problem.
+        """
         random = rng(self.settings.seed, "stage7 bootstrap", target.column(self.neuron), scope)
-        fires = model.fires(rows.features)
+        groups = self.problem.groups
         return honest_scores(
-            fires, rows.y, baseline, baseline_rule, random, self.settings.n_bootstrap, held_out=scope == TEST
+            model.fires(rows.features),
+            rows.y,
+            self.problem.baseline[numbers],
+            baseline_rule,
+            random,
+            self.settings.n_bootstrap,
+            held_out=scope == TEST,
+            groups=None if groups is None else groups[numbers],
         )
 
 

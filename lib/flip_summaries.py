@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lib.artifacts import write_csv, write_json
+from lib.artifacts import without_formulas, write_csv, write_json
 from lib.cli import rng
 from lib.flip_answer_log import AnswerLog
+from lib.flip_markdown import RunFacts, write_page
 from lib.flip_metrics import QualityCut
 from lib.flip_plots import write_coverage_figure, write_flip_bars, write_layer_figure, write_rule_distributions
 from lib.flip_quality import coverage_report, layer_report, scope_flips
-from lib.flip_report import anchored_rules, write_anchored_rules
+from lib.flip_report import anchored_rules
 from lib.flip_rule_tables import (
     ALL_FIT,
     TEST,
@@ -28,6 +29,33 @@ from lib.flip_rule_tables import (
 )
 from lib.flip_table import FlipTable, global_statistics, neuron_statistics
 from lib.scores_table import ScoresTable
+
+_SUMMARIES = ("rule_combo_metrics_*", "rule_metrics_*", "high_quality_neuron_flip_coverage*", "anchored_rules.*")
+_OTHER_RESULTS = (
+    "scores.csv",
+    "ablated_answers.jsonl",
+    "candidates.csv",
+    "neuron_target_status.csv",
+    "joint_ablation.json",
+    "final_stats_exclusion.json",
+    "flip_stats_*",
+    "agonist_metric_*",
+)
+
+
+def remove_results(stats_dir: Path) -> None:
+    """Remove what an earlier run left in its folder: what this run does not write must not look like its own."""
+    _remove(stats_dir, (*_SUMMARIES, *_OTHER_RESULTS))
+
+
+def remove_summaries(stats_dir: Path) -> None:
+    """Remove tables and figures about rules, of scopes that are gone perhaps."""
+    _remove(stats_dir, _SUMMARIES)
+
+
+def _remove(folder: Path, patterns: Sequence[str]) -> None:
+    for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -60,10 +88,13 @@ def write_summaries(
     scores: ScoresTable,
     options: SummaryOptions,
     answers: AnswerLog | None,
+    controls: Mapping[str, Any],
+    joint: Mapping[str, Any] | None,
 ) -> tuple[list[Path], pd.DataFrame]:
     """Every table, JSON file and figure about the run's rules; also returns the anchored rules, best first.
 
-    `test_selected` and `all_fit` appear only if the run emitted them.
+    `test_selected` and `all_fit` appear only if the run emitted them. answers, controls, joint: what the run stored,
+    None or empty where it did not.
     """
     rules = collect_rules(run, options.cut)
     present = set(rules["score_scope"])
@@ -88,4 +119,6 @@ def write_summaries(
         written.append(stats_dir / f"high_quality_neuron_flip_coverage{name}.json")
     written += write_coverage_figure(stats_dir, coverage) + write_layer_figure(stats_dir, layers)
     anchored = anchored_rules(rules, table, scores, options.cut, answers)
-    return written + write_anchored_rules(stats_dir, anchored), anchored
+    write_csv(stats_dir / "anchored_rules.csv", without_formulas(anchored))
+    facts = RunFacts(table, run.policy, options.cut, controls, joint)
+    return [*written, stats_dir / "anchored_rules.csv", write_page(stats_dir, anchored, facts)], anchored

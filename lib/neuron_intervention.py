@@ -23,8 +23,19 @@ class Engine(Protocol):
 
     baseline_answers: Sequence[str]
 
-    def answers(self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int]) -> Any:
-        """`.changed` bool [group, datapoint] and `.texts`, a dict from (group, datapoint) to the changed answer."""
+    def prepare(self, groups: Sequence[Sequence[Neuron]]) -> None:
+        """Get ready for all these groups at once."""
+
+    def answers(
+        self,
+        groups: Sequence[Sequence[Neuron]],
+        datapoints: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+    ) -> Any:
+        """`.changed` bool [group, datapoint] and `.texts`, a dict from (group, datapoint) to the changed answer.
+
+        progress: told the number of (group, datapoint) pairs just answered.
+        """
 
 
 class Scorer(Protocol):
@@ -66,18 +77,21 @@ def measure_answers(
     groups: Sequence[Group],
     log: AnswerLog,
     *,
-    chunk: int = 16,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    chunk: int = 64,
+    progress: Callable[[int], object] | None = None,
 ) -> int:
     """Ablate each group on all datapoints of the log, skipping those it has; returns how many were measured.
 
     Groups go to the engine in chunks, those of the last layers first (the cheapest), and each chunk is stored before
-    the next.
+    the next. Where the baseline of all datapoints does not fit into memory the engine computes it once per chunk:
+    small chunks lose little when killed, large ones are faster. progress: told the number of answers just found.
     """
     pending = sorted(log.missing(groups), key=_first_place, reverse=True)
-    for start in progress(range(0, len(pending), chunk)):
+    if pending:
+        engine.prepare(pending)
+    for start in range(0, len(pending), chunk):
         batch = pending[start : start + chunk]
-        result = engine.answers(batch, range(log.n_rows))
+        result = engine.answers(batch, range(log.n_rows), progress)
         log.append(batch, [_changed_answers(result, number) for number in range(len(batch))])
     return len(pending)
 

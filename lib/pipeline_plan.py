@@ -192,7 +192,8 @@ class PipelinePlan:
             "--stats_dirname", self.paths.choices.run_name, "--use_spectral_sampling",
             "--sampling_max_points", str(SAMPLING_MAX_POINTS), *self._spectral(), "--global_n_clusters", "64",
             *self._mean_points(), "--intervention", args.eval_intervention, "--extract_rules",
-            "--only_unique_datapoints_in_shap", *["--decode_only"] * args.decode_only, "--summarize_rule_metrics",
+            "--only_unique_datapoints_in_shap", *["--decode_only"] * args.decode_only, "--joint_ablation",
+            "--summarize_rule_metrics",
             "--min_rule_dataset_coverage", str(args.min_rule_dataset_coverage)])
 
 

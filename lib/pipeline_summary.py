@@ -40,8 +40,9 @@ def print_summary(paths: RunPaths, report: Report) -> None:
             report.line(f"  {line}")
     report.line("\nFiles")
     for what, path in (("behaviour, features", paths.features_dir), ("rules", paths.rules_dir),
-                       ("tested groups, agonists", paths.agonists_dir), ("flips, anchored rules", paths.stats_dir)):
-        report.line(f"  {what:<24} {_shown(path)}")
+                       ("tested groups, agonists", paths.agonists_dir), ("flips, anchored rules", paths.stats_dir),
+                       ("the best of these, to read", paths.stats_dir / "anchored_rules.md")):
+        report.line(f"  {what:<26} {_shown(path)}")
 
 
 # ---------------------------------------------------------------- the parts

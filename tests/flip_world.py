@@ -86,8 +86,17 @@ class PlantedEngine:
         self.baseline_answers = rows["raw_output"].tolist()
         self._flips = {name: np.asarray(rule(rows), dtype=bool) for name, rule in planted.items()}
         self.calls: list[list[Sequence[Neuron]]] = []
+        self.prepared: list[list[Sequence[Neuron]]] = []
 
-    def answers(self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int]) -> Any:
+    def prepare(self, groups: Sequence[Sequence[Neuron]]) -> None:
+        self.prepared.append(list(groups))
+
+    def answers(
+        self,
+        groups: Sequence[Sequence[Neuron]],
+        datapoints: Sequence[int],
+        progress: Callable[[int], object] | None = None,
+    ) -> Any:
         self.calls.append(list(groups))
         points = list(datapoints)
         changed = np.zeros((len(groups), len(points)), dtype=bool)
@@ -99,6 +108,8 @@ class PlantedEngine:
             (int(g), int(d)): "wrong" if self.baseline_answers[points[d]] == "right" else "right"
             for g, d in zip(*np.nonzero(changed), strict=True)
         }
+        if progress is not None:
+            progress(changed.size)
         return SimpleNamespace(changed=changed, texts=texts)
 
 

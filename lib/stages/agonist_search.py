@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,19 +153,6 @@ class RegimeRun:
         self, circuit: Circuit, pools: tuple[Pool, Pool], make_answers: MakeAnswers, log: GroupTestLog
     ) -> RuleFindings | Skipped:
         """Prepare a rule's datapoints and search its candidates."""
-        with _progress(self.report, circuit) as advance:
+        with self.report.counter(unit="answer", desc=circuit.name) as advance:
             rule = self.preparer.prepare(circuit, pools, make_answers, log, advance)
             return rule if isinstance(rule, Skipped) else RuleSearch(rule, self.options).run()
-
-
-@contextlib.contextmanager
-def _progress(report: Report, circuit: Circuit) -> Iterator[Callable[[int], None]]:
-    """A bar that counts answers; their number is not known beforehand."""
-    bar = report.progress(itertools.count(), unit="answer", desc=circuit.name)
-    next(bar)
-
-    def advance(n: int) -> None:
-        for _ in range(n):
-            next(bar)
-
-    yield advance

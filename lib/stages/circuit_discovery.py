@@ -438,6 +438,9 @@ class CircuitDiscovery:
             "order_check": stored["order_check"],
             "sampling_strategy": job.sampling_strategy,
             "pairing_meta": job.pairing_meta,
+            # Rows of scores.csv that the pairs are made of: stage 7 must know what helped to find the neurons.
+            "associated_original_idx": job.clean_rows.tolist(),
+            "unrelated_original_idx": job.corrupted_rows.tolist(),
             **evaluation,
             **identity,
         }

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lib.artifacts import amend_record, exclusive, read_csv, read_json, write_csv, write_json
@@ -21,9 +22,9 @@ from lib.flip_diagnostics import diagnose
 from lib.flip_fit_pool import fit_all
 from lib.flip_measuring import EngineFactory, FlipMeasurement, FlipMeasurer
 from lib.flip_rows import EvaluatedRows, Role, RowSampling, assign_roles, choose_rows, group_numbers
-from lib.flip_rule_tables import RuleRun
+from lib.flip_rule_tables import RuleRun, check_manifest
 from lib.flip_rules import FitProblem, TargetStatus
-from lib.flip_summaries import write_statistics, write_summaries
+from lib.flip_summaries import remove_results, remove_summaries, write_statistics, write_summaries
 from lib.flip_table import FlipTable, flip_frame, neuron_statistics, neurons_of_frame, read_flip_table
 from lib.scores_table import ScoresTable, load_scores
 from lib.stages.flip_model import ModelAccess
@@ -32,6 +33,7 @@ from lib.stages.flip_telling import run_summary, tell_rules, tell_run
 from lib.task_spec import FeatureTaskSpec, resolve_task_spec
 
 ANSWERS_FILE = "ablated_answers.jsonl"
+JOINT_FILE = "joint_ablation.json"
 
 
 class FlipAnchoring:
@@ -69,12 +71,15 @@ class FlipAnchoring:
         return 1 if summary["n_failed_fits"] else 0
 
     def _run_all(self) -> dict[str, Any]:
-        kept = self._kept_candidates()
+        kept = [candidate for candidate, verdict in self._judged if verdict is Verdict.KEPT]
+        self.report.line(f"{len(kept)} of {len(self._judged)} neurons of stage 6 are analysed")
         measurement = self._measurer().run(
             [candidate.neuron for candidate in kept],
             n_random=self.args.n_random_neurons,
             n_joint_controls=self.args.n_joint_controls if self.args.joint_ablation else 0,
         )
+        remove_results(self.stats_dir)
+        self._write_candidates()
         table = measurement.table
         answers = self._store_answers(measurement)
         frame = flip_frame(
@@ -87,9 +92,10 @@ class FlipAnchoring:
         self._put_csv("scores.csv", frame)
         self._write_statistics(table, measurement.controls, _candidate_columns(kept))
         if measurement.joint is not None:
-            self._put_json("joint_ablation.json", measurement.joint)
+            self._put_json(JOINT_FILE, measurement.joint)
         statuses = self._fit(table) if self.args.extract_rules else []
-        anchored = self._summarize(table, answers) if self.args.summarize_rule_metrics else None
+        facts = measurement.controls, measurement.joint
+        anchored = self._summarize(table, answers, *facts) if self.args.summarize_rule_metrics else None
         return run_summary(measurement, statuses, anchored)
 
     # ------------------------------------------------------------ candidates and rows
@@ -99,21 +105,22 @@ class FlipAnchoring:
         """Every neuron of stage 6, strongest first, with its verdict."""
         return select_candidates(read_candidates(self.settings.agonists_path), self.settings.candidate_filter)
 
-    def _kept_candidates(self) -> list[Candidate]:
-        """The candidates to analyse; `candidates.csv` says of each one read whether it was kept, and if not, why."""
+    def _write_candidates(self) -> None:
+        """`candidates.csv`: of each neuron read whether it is analysed, and if not, why."""
         rows = [{**candidate.to_json(), "verdict": verdict.value} for candidate, verdict in self._judged]
         self._put_csv("candidates.csv", pd.DataFrame(rows, columns=None if rows else ["neuron", "verdict"]))
-        kept = [candidate for candidate, verdict in self._judged if verdict is Verdict.KEPT]
-        self.report.line(f"{len(kept)} of {len(self._judged)} neurons of stage 6 are analysed")
-        return kept
+
+    @cached_property
+    def _groups(self) -> np.ndarray | None:
+        """Numbers that variants of one prompt share, [row of the scores table]; None if there are no variants."""
+        own_col = self.task.GROUP_COLUMN if self.task.GROUP_COLUMN in self.scores.frame else None
+        group_col = self.args.group_col or own_col
+        return group_numbers(self.scores, group_col) if group_col else None
 
     def _rows(self) -> EvaluatedRows:
         """The evaluated rows and what each may be used for."""
         args, settings = self.args, self.settings
-        own_col = self.task.GROUP_COLUMN if self.task.GROUP_COLUMN in self.scores.frame else None
-        group_col = args.group_col or own_col
-        groups = group_numbers(self.scores, group_col) if group_col else None
-        roles = assign_roles(self.scores, settings.discovery, groups, rng(args.seed, "stage7", "groups"))
+        roles = assign_roles(self.scores, settings.discovery, self._groups, rng(args.seed, "stage7", "groups"))
         is_small = args.sampling_max_points >= len(self.scores)
         spectral = settings.sampling is RowSampling.SPECTRAL and not is_small
         rows = choose_rows(
@@ -193,6 +200,7 @@ class FlipAnchoring:
             baseline=table.baseline,
             is_fit=rows.is_fit(with_discovery=not self.args.exclude_discovery_rows_from_training),
             is_test=rows.is_test,
+            groups=None if self._groups is None else self._groups[rows.rows],
         )
         statuses = fit_all(
             problem,
@@ -209,11 +217,14 @@ class FlipAnchoring:
         self._put_csv("neuron_target_status.csv", pd.DataFrame(map(asdict, statuses), columns=columns))
         return statuses
 
-    def _summarize(self, table: FlipTable, answers: AnswerLog | None) -> pd.DataFrame:
+    def _summarize(
+        self, table: FlipTable, answers: AnswerLog | None, controls: dict[str, Any], joint: dict[str, Any] | None
+    ) -> pd.DataFrame:
         run = RuleRun(self.settings.rules_dir, self.settings.policy, table.neurons)
+        remove_summaries(self.stats_dir)
         self._written += [path for *_, path in run.files()]
         options = self.settings.summary
-        written, anchored = write_summaries(self.stats_dir, run, table, self.scores, options, answers)
+        written, anchored = write_summaries(self.stats_dir, run, table, self.scores, options, answers, controls, joint)
         self._written += written
         return anchored
 
@@ -239,8 +250,11 @@ class FlipAnchoring:
             if self.args.summarize_rule_metrics or self.args.summarize_rule_metrics_only:
                 hint = "give the --intervention and --decode_only of the finished run"
                 require_dir(self.settings.policy_dir, "rules of this behaviour, intervention and phase", hint)
-                answers_path = self.stats_dir / ANSWERS_FILE
-                anchored = self._summarize(table, AnswerLog.read(answers_path) if answers_path.is_file() else None)
+                check_manifest(self.stats_dir, RuleRun(self.settings.rules_dir, self.settings.policy, tuple(neurons)))
+                answers_path, joint_path = self.stats_dir / ANSWERS_FILE, self.stats_dir / JOINT_FILE
+                answers = AnswerLog.read(answers_path) if answers_path.is_file() else None
+                joint = read_json(joint_path, "joint ablation") if joint_path.is_file() else None
+                anchored = self._summarize(table, answers, self._stored_controls(), joint)
                 tell_rules(anchored.to_dict("records"), self.report)
             amend_record(self.stats_dir / "run_metadata.json", self._written)
         return 0

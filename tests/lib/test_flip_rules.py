@@ -1,12 +1,15 @@
 """Rules about flips: planted ones are found, noise is called noise, TEST is touched once."""
 
+import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib.artifacts import read_csv
+from lib.cli import UserError
 from lib.flip_fit_pool import fit_all
 from lib.flip_metrics import QualityCut
 from lib.flip_rule_tables import RuleRun, best_per_neuron, collect_rules
@@ -91,6 +94,47 @@ def test_each_direction_is_fitted_on_the_rows_where_it_can_happen(tmp_path):
     assert rows.loc["flip_m0_0", "baseline_rule"] == "baseline positive"
     assert rows.loc["flip_m0_0", "baseline_rule_MCC"] > 0.7
     assert not rows.loc["flip_m0_0", "badge"]
+
+
+def test_variants_of_one_prompt_widen_the_interval_not_the_rule(tmp_path):
+    # 300 prompts in four variants that flip together.
+    one = _problem(300, 6)
+    four = FitProblem(
+        np.repeat(one.features, 4, axis=0),
+        one.feature_names,
+        *(np.repeat(values, 4) for values in (one.baseline, one.is_fit, one.is_test)),
+    )
+    noise = np.random.default_rng(1).random(300) < 0.15
+    flips = np.repeat((one.features[:, 2] > 10) ^ noise, 4)
+    rows = {}
+    for name, problem in (("rows", four), ("groups", replace(four, groups=np.repeat(np.arange(300), 4)))):
+        _, rules = _fit(tmp_path / name, problem, flips[None])
+        (rows[name],) = rules[rules["score_scope"] == "test"].to_dict("records")
+    assert rows["rows"]["expression"] == rows["groups"]["expression"]
+    widths = {name: row["MCC_high95"] - row["MCC_low95"] for name, row in rows.items()}
+    assert widths["groups"] > 1.6 * widths["rows"]  # twice as wide, were it exact
+    assert rows["groups"]["p_value"] > rows["rows"]["p_value"]
+
+
+def _die(*unit):
+    os._exit(9)
+
+
+def test_a_killed_worker_is_a_user_error(tmp_path, monkeypatch):
+    problem = _problem(60, 3)
+    monkeypatch.setattr("lib.flip_fit_pool._fit_in_worker", _die)
+    with pytest.raises(UserError, match="--jobs"):
+        fit_all(
+            problem,
+            [Neuron("m0", 0), Neuron("m0", 1)],
+            np.zeros((2, 60), dtype=bool),
+            np.ones((2, 60), dtype=bool),
+            QUICK,
+            tmp_path,
+            jobs=2,
+            force=False,
+            progress=iter,
+        )
 
 
 def test_test_rows_do_not_influence_the_rule(tmp_path):

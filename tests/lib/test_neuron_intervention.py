@@ -79,6 +79,27 @@ def test_an_altered_answer_is_not_believed(tmp_path):
     assert log.path.read_bytes() == whole
 
 
+def test_the_engine_hears_of_all_groups_before_the_first_and_says_how_far_it_is(tmp_path):
+    # Replacement values cost a pass over the reference prompts for each announcement, not for each group.
+    frame = world_frame(50)
+    engine = PlantedEngine(frame, frame["prompt"].tolist(), PLANTED)
+    told = []
+    measure_answers(engine, [(neuron,) for neuron in N], _log(tmp_path, engine), chunk=2, progress=told.append)
+    assert [sorted(group_key(group) for group in call) for call in engine.prepared] == [["a2.h1:7", "m1:3", "m2:5"]]
+    assert told == [2 * 50, 50]
+
+
+def test_a_prepared_engine_measures_no_replacement_again(tmp_path, monkeypatch):
+    lm = tiny_model("llama")
+    prompts = ["one two", "three four five", "six"]
+    table = build_table(lm, Intervention.MEAN, prompts, max_new_tokens=2)
+    engine = AblationEngine(lm, prompts, table, max_new_tokens=2)
+    engine.prepare([(Neuron("m0", 1),), (Neuron("m1", 2), Neuron("a1.h0", 3))])
+    monkeypatch.setattr("lib.interventions._compute_tables", lambda *args: pytest.fail("measured again"))
+    engine.answers([(Neuron("m1", 5),)], range(3))
+    engine.answers([(Neuron("a1.h0", 0),), (Neuron("m0", 7),)], range(3))
+
+
 def test_a_log_of_other_settings_is_refused(tmp_path):
     frame = world_frame(5)
     _log(tmp_path, PlantedEngine(frame, frame["prompt"].tolist(), {}))

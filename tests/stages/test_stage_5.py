@@ -8,6 +8,9 @@ import pandas as pd
 import pytest
 
 from lib.artifacts import read_json, read_npz, write_json
+from lib.flip_candidates import discovery_rows
+from lib.scores_table import load_scores
+from lib.task_spec import resolve_task_spec
 from tests.scripts import load_script, run_script
 from tests.stages.small_world import make_world, stage_4_arguments, stage_5_arguments
 
@@ -112,6 +115,17 @@ def test_big_tables_are_arrays_beside_a_short_json(finished):
     short = json.loads((folder / "scores.json").read_text())
     assert "indices" not in short and short["mlp_grad_site"] == "mlp_out" and short["n_pairs"] == 16
     assert 0 < short["order_check"]["p_value"] <= 1
+
+
+def test_the_rows_of_the_pairs_are_known_to_stage_7(world, finished):
+    table = load_scores(world / "features", resolve_task_spec("lib.tasks.arithmetic_task", world / "features"))
+    used = set()
+    for entry in (entry for entry in manifest_of(finished) if entry["status"] == "ok"):
+        rows = {*entry["associated_original_idx"], *entry["unrelated_original_idx"]}
+        assert len(rows) == 2 * entry["n_pairs"] > 0
+        used |= rows
+    found = discovery_rows([finished], table)
+    assert set(found) == used and not table.is_test[found].any()
 
 
 def test_skipped_jobs_say_why(finished):

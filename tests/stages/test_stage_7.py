@@ -164,6 +164,47 @@ def test_statistics_and_summaries_from_finished_files(finished):
     assert after == before
 
 
+def test_the_page_shows_rules_examples_and_controls(finished):
+    page = (finished["rules"] / "stats" / "run" / "anchored_rules.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    assert "3 neurons, each ablated alone on 500 prompts (30 discovery, 314 train, 156 test)" in page
+    assert "An edit that changes nothing flips 0 labels." in page
+    assert "8 random neurons of the same components flip 0.0 % of the prompts" in page
+    (rule,) = [row for row in rows if row[0] == "m1:3" and "`operand_a > 60.5`" in row]
+    held_out = FRAME["is_test"]
+    n_flips = (PLANTED["m1:3"](FRAME) & held_out).sum()
+    assert rule[1] == "change its label" and rule[3] == f"{n_flips} of {held_out.sum()}"
+    assert rule[4] == "1.00 [1.00, 1.00]" and rule[-1] == "badge"
+    (example,) = [row for row in rows if row[0] == "m1:3" and len(row) == 4]
+    assert {example[2], example[3]} == {"`right`", "`wrong`"}
+    together = (PLANTED["m1:3"](FRAME) | PLANTED["m2:5"](FRAME) | NOISE)[held_out & FRAME["is_correct"]].mean()
+    (joint,) = [row for row in rows if row[0] == "the 3 neurons"]
+    assert joint[1] == f"{100 * together:.1f} %"
+    assert [row[1] for row in rows if "mean (range) of 3 draws" in row[0]] == ["0.0 % (0.0 % to 0.0 %)"]
+
+
+def test_summaries_refuse_rules_that_another_run_fitted(finished):
+    path = finished["rules"] / POLICY / "m1_3" / "rule_combo_flip_m1_3.csv"
+    content, before = path.read_bytes(), _data(finished["rules"] / "stats" / "run")
+    path.write_bytes(content.replace(b"operand_a", b"operand_b"))
+    try:
+        with pytest.raises(UserError, match="another run"):
+            _run(finished, "--summarize_rule_metrics_only")
+    finally:
+        path.write_bytes(content)
+    assert _data(finished["rules"] / "stats" / "run") == before
+
+
+def test_a_run_leaves_nothing_of_an_earlier_one_in_its_folder(finished):
+    flags = ("--stats_dirname", "twice", "--rule_targets", "any", "--max_neurons", "1")
+    stats = finished["rules"] / "stats" / "twice"
+    assert _run(finished, *flags, "--joint_ablation", "--emit_test_selected") == 0
+    assert (stats / "joint_ablation.json").is_file() and list(stats.glob("*test_selected*"))
+    assert _run(finished, *flags) == 0
+    assert not (stats / "joint_ablation.json").exists() and not list(stats.glob("*test_selected*"))
+    assert "All neurons at once" not in (stats / "anchored_rules.md").read_text()
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, finished, capsys):
     paths = write_world(tmp_path, FRAME, EFFECTS)
     made = []
@@ -243,7 +284,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         loaded = engine_factory(FRAME, PLANTED)(prompts, references)
         answers, calls = loaded.engine.answers, []
 
-        def limited(groups, datapoints):
+        def limited(groups, datapoints, progress=None):
             calls.append(groups)
             if len(calls) == 2:
                 raise Killed
@@ -253,11 +294,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         return loaded
 
     with pytest.raises(Killed):
-        FlipAnchoring(stage_arguments(paths, "--n_random_neurons", "20"), Report(quiet=True), dying).run()
+        FlipAnchoring(stage_arguments(paths, "--n_random_neurons", "70"), Report(quiet=True), dying).run()
     made = []
-    assert _run(paths, "--n_random_neurons", "20", made=made) == 0
-    # 3 candidates, 20 random neurons and the no-op edit; the first chunk of 16 was stored.
-    assert sum(len(call) for call in made[0].calls) == 24 - 16
+    assert _run(paths, "--n_random_neurons", "70", made=made) == 0
+    # 3 candidates, 70 random neurons and the no-op edit; the first chunk of 64 was stored.
+    assert sum(len(call) for call in made[0].calls) == 74 - 64
 
 
 def test_labels_unlike_stage_one_are_left_out_and_counted(tmp_path):
@@ -326,7 +367,7 @@ def test_an_edit_that_should_change_nothing_but_flips_is_an_error(tmp_path):
         loaded = engine_factory(FRAME, PLANTED)(prompts, references)
         answers = loaded.engine.answers
 
-        def shaky(groups, datapoints):
+        def shaky(groups, datapoints, progress=None):
             result = answers(groups, datapoints)
             for number, group in enumerate(groups):
                 if not group:
