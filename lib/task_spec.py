@@ -228,7 +228,9 @@ class FeatureTaskSpec(ABC):
         if not isinstance(cache, list) or not cache or not all(isinstance(i, dict) and needed <= set(i) for i in cache):
             raise UserError(f"not a cache of answers of the task {self.NAME} (dictionaries with "
                             f"{', '.join(sorted(needed))}), or empty; is it another task's?")
-        return typed_labels(pd.DataFrame(cache), self.DEFAULT_TARGETS)
+        frame = pd.DataFrame(cache)
+        frame[self.DEFAULT_OUTPUT] = frame[self.DEFAULT_OUTPUT].fillna("")
+        return typed_labels(frame, self.DEFAULT_TARGETS)
 
     def mend_labels(self, cache: Any) -> Any | None:
         """The cache with labels that could not be made before; None if there is nothing to mend or it failed again."""

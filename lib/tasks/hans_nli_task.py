@@ -256,17 +256,10 @@ class HansTask(FeatureTaskSpec):
 
     def dataset_from_cache(self, cache: Any) -> pd.DataFrame:
         """One row per example, with the keys of the cache as columns."""
-        import pandas as pd
-
-        needed = {"prompt", "raw_output", "is_correct", "expected_label"}
-        if not isinstance(cache, list) or not all(isinstance(item, dict) and needed <= set(item) for item in cache):
-            raise UserError("not a cache of HANS answers (list of dictionaries with prompt, raw_output, is_correct, "
-                            "expected_label); is it another task's?")
-        if not cache:
-            raise UserError("the cache of HANS answers is empty; delete it and run stage 1 again")
-        frame = pd.DataFrame(cache)
-        frame["raw_output"] = frame["raw_output"].fillna("")
-        return frame.astype({"is_correct": bool})
+        frame = super().dataset_from_cache(cache)
+        if "expected_label" not in frame or frame["expected_label"].isna().any():
+            raise UserError("not a cache of HANS answers: it has no expected_label; is it another task's?")
+        return frame
 
     def get_basic_statistics(self, frame: pd.DataFrame) -> dict[str, Any]:
         """Accuracy, also by heuristic and subcase; labels expected and given."""
