@@ -57,6 +57,7 @@ def _add_attribution_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the metric at an answer's tokens is combined; none: their sum",
     )
     group.add_argument("--max_answer_tokens", type=positive_int, default=16, help="answer tokens that count")
+    group.add_argument("--stop_regex", default=None, help="accepted for published commands; answers end where recorded")
     group.add_argument(
         "--intervention", choices=INTERVENTIONS, default="patching", help="what a coordinate would be replaced by"
     )
@@ -69,6 +70,12 @@ def _add_attribution_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--decode_only", action="store_true", help="replace only at the positions that produce the answer"
+    )
+    group.add_argument(
+        "--decode_mode",
+        choices=["after_prompt", "span", "auto", "all"],
+        default="after_prompt",
+        help="which positions --decode_only means: the first three are one and the same here, all is every position",
     )
     group.add_argument("--mlp_neurons_only", action="store_true", help="MLP writes only; nothing is computed for heads")
     group.add_argument(

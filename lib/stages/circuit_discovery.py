@@ -39,6 +39,7 @@ _SCORE_SETTINGS = (
     "temporal_agg",
     "intervention",
     "decode_only",
+    "decode_mode",
     "max_ig_steps",
     "mlp_neurons_only",
     "mlp_grad_site",
@@ -133,7 +134,7 @@ def attribution_settings(args: argparse.Namespace) -> AttributionSettings:
         Metric(args.metric),
         TokenAggregation(args.temporal_agg),
         AttributionIntervention(args.intervention),
-        args.decode_only,
+        args.decode_only and args.decode_mode != "all",
         args.max_ig_steps,
         not args.mlp_neurons_only,
         GradientSite(args.mlp_grad_site),
@@ -382,7 +383,7 @@ class CircuitDiscovery:
             "metric": args.metric,
             "temporal_agg": args.temporal_agg,
             "intervention": args.intervention,
-            "decode_only": args.decode_only,
+            "decode_only": self.settings.decode_only,
             "ig_alphas": self.settings.alphas,
             "mlp_grad_site": args.mlp_grad_site,
             "score_meaning": SCORE_MEANING,
@@ -398,7 +399,7 @@ class CircuitDiscovery:
             self.layout,
             Keep(mask, with_heads=not args.mlp_neurons_only, embedding=True),
             intervention,
-            decode_only=args.decode_only,
+            decode_only=self.settings.decode_only,
             batch_size=args.batch_size,
             table=self.replacement_table(intervention),
             of_edges=self.level is CircuitLevel.EDGE,
@@ -408,7 +409,7 @@ class CircuitDiscovery:
             "circuit_edges": circuit.edge_counts(),
             **faithfulness.blocks(),
             "eval_intervention": args.eval_intervention,
-            "decode_only": args.decode_only,
+            "decode_only": self.settings.decode_only,
         }
 
     def _manifest_entry(self, job: PairJob, folder: Path) -> dict[str, Any]:

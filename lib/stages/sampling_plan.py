@@ -311,9 +311,9 @@ class SamplingPlanner:
         """Farthest-first in the whole group until `--coverage_radius` is reached (and the minimum of points)."""
         own = self.points[group]
         n_before_stop = min(n, self.args.min_points_per_ablation)
-        order, radius = spectral.farthest_first(
-            own, n, spectral.most_central(own), stop_radius=self.args.coverage_radius, n_before_stop=n_before_stop
-        )
+        start, stop_radius = spectral.most_central(own), self.args.coverage_radius
+        order, radius = spectral.farthest_first(own, n, start, stop_radius=stop_radius, n_before_stop=n_before_stop)
+        needed, _ = spectral.farthest_first(own, n, start, stop_radius=stop_radius)
         if len(order) == len(group):
             reason = "all_points_selected"
         elif len(order) < n:
@@ -327,6 +327,7 @@ class SamplingPlanner:
             "min_points": self.args.min_points_per_ablation,
             "stopped_reason": reason,
             "farthest_dist_when_stopped": radius,
+            "n_selected_before_min_fill": len(needed),
         }
 
     def _partners(self, chosen: np.ndarray, unrelated: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:

@@ -155,6 +155,7 @@ def test_without_global_clusters_the_sample_ends_when_all_are_covered(world):
     meta = rule["associated_cover"]["greedy_meta"]
     assert meta["stopped_reason"] == "radius_satisfied" and meta["farthest_dist_when_stopped"] <= 1.0
     assert rule["associated_cover"]["stats"]["coverage"]["fraction_covered"] == 1.0
+    assert 1 < meta["n_selected_before_min_fill"] <= len(rule["associated_indices"])
     assert len(rule["associated_indices"]) == len(rule["unrelated_indices"]) < 16
     assert "global_clusters" not in plan
 

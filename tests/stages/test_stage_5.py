@@ -249,6 +249,15 @@ def test_signed_ranking_on_request(world):
     assert scores == sorted(scores, reverse=True) and meta["absolute"] is False
 
 
+def test_decode_mode_all_means_every_position_again(world):
+    everywhere = run_elsewhere(world, "everywhere", "--decode_mode", "all", "--stop_regex", "\\n")[0]
+    arguments = [a for a in stage_5_arguments(world) if a != "--decode_only"]
+    assert run_script(SCRIPT, [*arguments, "--output_data_dir", str(world / "whole")]) == 0
+    whole = manifest_of(world / "whole")[0]
+    assert everywhere["metadata_topn"] == whole["metadata_topn"] and everywhere["NL_c"] == whole["NL_c"]
+    assert everywhere["decode_only"] is False
+
+
 def test_random_pairs(world):
     entry = run_elsewhere(world, "random", "--sampling_strategy", "random", "--max_pairs_per_circuit", "10")[0]
     assert entry["sampling_strategy"] == "random" and entry["n_pairs"] == 10
