@@ -36,7 +36,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     options = PageOptions(args.max_prompts, args.hq_threshold, args.min_rule_dataset_coverage)
     for name in (run_names_of(root) or [None]) if args.all_runs else [args.run]:
         page = write_page(root, name, args.output, options)
-        without = f"; {page.n_missing} artifacts were not available, see its last section" if page.n_missing else ""
+        lacking = f"{page.n_missing} part{'s' * (page.n_missing != 1)} not available, see its last section"
+        without = f"; {lacking}" if page.n_missing else ""
         report.line(f"report of {page.run_name or 'an unfinished run'}{without}: {page.path}")
 
 

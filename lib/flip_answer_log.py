@@ -97,7 +97,10 @@ class AnswerLog:
         lines, n_good = read_lines(Path(path))
         if not lines or n_good < Path(path).stat().st_size:
             raise UserError(f"{path} is damaged; delete it and run stage 7 again")
-        return cls(path, lines[0]["fingerprint"], lines[0]["n_rows"], mend=False)
+        head = lines[0]
+        if not (isinstance(head, dict) and {"fingerprint", "n_rows"} <= head.keys()):
+            raise UserError(f"{path} is no log of answers; delete it and run stage 7 again")
+        return cls(path, head["fingerprint"], head["n_rows"], mend=False)
 
     def missing(self, groups: Iterable[Group]) -> list[Group]:
         """Those of the groups whose answers are not stored, each once."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.checked_lines import encode_line
 from lib.cli import UserError
 from lib.flip_answer_log import AnswerLog
 from lib.neurons import Neuron
@@ -394,12 +395,14 @@ def test_files_that_name_impossible_things_cost_only_those(model, tmp_path):
     assert shown_section(page, "controls").count("neuron_buckets.json") == 5
 
 
-def test_reading_a_torn_log_of_answers_leaves_it_as_it_is(model, tmp_path):
+def test_reading_a_damaged_log_of_answers_leaves_it_as_it_is(model, tmp_path):
     path = tmp_path / "ablated_answers.jsonl"
     whole = (model / STATS / "ablated_answers.jsonl").read_bytes()
-    path.write_bytes(whole + b'{"group": "m0')
-    assert len(AnswerLog.read(path).runs) == 6
-    assert path.read_bytes() == whole + b'{"group": "m0'
+    for content, reason in ((whole + b'{"group": "m0', "damaged"), (encode_line({"group": "m0:1"}), "no log")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            AnswerLog.read(path)
+        assert path.read_bytes() == content
 
 
 def test_published_runs_of_every_mode_have_a_page(tmp_path):

@@ -172,11 +172,12 @@ def _circuit_name(entry: Mapping[str, Any]) -> str:
 
 def _view(name: str, regime: str, entry: Mapping[str, Any], tree: SearchTree) -> CircuitView:
     kind = "cluster" if entry.get("cluster_index") is not None else "circuit"
+    title = f"{_regime_name(regime)}, {kind} {visible(entry.get('circuit_id'), 20)}"
     return CircuitView(
         name,
-        f"{_regime_name(regime)}, {kind} {visible(entry.get('circuit_id'), 20)}",
+        title,
         visible(entry.get("circuit_label") or "", 300),
-        levels_grid(f"levels-{name}", tree),
+        levels_grid(f"levels-{name}", f"The search level by level: {title}", tree),
         None if tree.is_flat else tree,
         tree.n_audit,
     )

@@ -145,7 +145,7 @@ def _fate(node: Node, agonists: set[str]) -> Fate:
     return Fate.AGONIST if node.label in agonists else Fate.SILENT
 
 
-def levels_grid(name: str, tree: SearchTree) -> Grid:
+def levels_grid(name: str, caption: str, tree: SearchTree) -> Grid:
     """The tree in numbers: level by level, what was tested and what became of it."""
     levels: dict[int, Counter] = {}
     largest: Counter = Counter()
@@ -163,7 +163,7 @@ def levels_grid(name: str, tree: SearchTree) -> Grid:
     ]
     heads = ("level", "groups tested", "largest group", "split", "pruned", "single, silent", "single, agonist")
     columns = [Column(head, Kind.NUMBER) for head in heads]
-    return Grid(name, "The search level by level", columns, rows, shown=60, noun="level")
+    return Grid(name, caption, columns, rows, shown=60, noun="level")
 
 
 def _layer_order(label: str) -> tuple:
