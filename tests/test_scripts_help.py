@@ -31,7 +31,7 @@ def test_there_is_a_script_for_each_stage():
     assert [int(name.split("_")[0]) for name in SCRIPTS][:7] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("script", [*(f"{name}.py" for name in SCRIPTS), "lib/pipeline.py"])
+@pytest.mark.parametrize("script", [*(f"{name}.py" for name in SCRIPTS), "make_report.py", "lib/pipeline.py"])
 def test_help_loads_no_heavy_module(script):
     result = subprocess.run([sys.executable, "-c", LIST_MODULES, script], cwd=REPOSITORY, capture_output=True,
                             text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})

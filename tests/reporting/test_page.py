@@ -447,6 +447,13 @@ def test_mistakes_are_one_line(model, arguments, reason, capsys):
     assert reason in error and error.count("\n") == 1
 
 
+def test_a_bare_folder_of_runs_is_refused(model, tmp_path):
+    shutil.copytree(model / STATS, tmp_path / "stats" / MAIN_RUN)
+    with pytest.raises(UserError, match="no run at"):
+        open_model(tmp_path / "stats")
+    assert [path.name for path in (tmp_path / "stats").iterdir()] == [MAIN_RUN]
+
+
 def test_a_folder_of_several_models_is_refused(tmp_path):
     published_tree.build(tmp_path, tasks=("arithmetic",), models=published_tree.MODELS[:2], sensitivity=False)
     with pytest.raises(UserError, match="holds 2 models"):

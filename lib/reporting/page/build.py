@@ -51,7 +51,8 @@ def open_model(folder: Path) -> ModelRoot:
         raise UserError(f"no results at {folder}; give the folder of a task and model, data/<task>/<model>")
     if any(next(folder.glob(pattern), None) for pattern in _PARTS_OF_A_MODEL):
         return model_root_at(folder)
-    below = find_model_roots(folder)
+    # A bare folder of runs has neither behaviour nor search beside it.
+    below = [root for root in find_model_roots(folder) if root.path is not None]
     if len(below) == 1:
         return below[0]
     if below:
@@ -71,7 +72,9 @@ def write_page(root: ModelRoot, run_name: str | None, output: Path | None, optio
     Raises:
         UserError: no run of that name, or the file cannot be written.
     """
-    folder = root.path or root.stats_dir
+    folder = root.path
+    if folder is None:
+        raise UserError(f"{root.stats_dir} is not in the folder of a task and model, data/<task>/<model>")
     names = run_names_of(root)
     if run_name is not None and run_name not in names:
         shown = ", ".join(names) or "none"
