@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lib.cli import Report, positive_int, stage_main
+from lib.cli import Report, finite, positive_int, share, stage_main
 from lib.reporting.session import flag
 
 
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "all_runs", action="store_true", help="a page for every run")
     parser.add_argument("--output", type=Path, default=None, help="file (default: <model root>/report/<run>.html)")
     flag(parser, "max_prompts", type=positive_int, default=20, help="flipped prompts per neuron")
-    flag(parser, "hq_threshold", type=float, default=0.70, help="MCC of a good anchored rule")
-    flag(parser, "min_rule_dataset_coverage", type=float, default=0.005, help="rules that cover less do not count")
+    flag(parser, "hq_threshold", type=finite, default=0.70, help="MCC of a good anchored rule")
+    flag(parser, "min_rule_dataset_coverage", type=share, default=0.005, help="rules that cover less do not count")
 
 
 def run(args: argparse.Namespace, report: Report) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -99,7 +100,7 @@ class ChatClient:
                  sleep: Callable[[float], None] | None = None) -> None:
         self.model = model
         self.retry = retry or RetryPolicy()
-        self._cache = CallCache(cache_dir)
+        self._cache_dir = cache_dir
         self._sleep = sleep or time.sleep
         self._backend: ChatBackend | None = None
         self._lock = threading.Lock()
@@ -109,7 +110,13 @@ class ChatClient:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._cache.close()
+        if "_cache" in self.__dict__:
+            self._cache.close()
+
+    @cached_property
+    def _cache(self) -> CallCache:
+        """Made on first use: a model that cannot be asked leaves no file."""
+        return CallCache(self._cache_dir)
 
     def check(self) -> None:
         """Fail now if the model cannot be asked at all (no key); a local one is not loaded for this.

@@ -70,6 +70,8 @@ def find_model(ai_model: str) -> ModelSource:
     Raises:
         UserError: a local path that is not a model, or the packaged default without its package.
     """
+    if not ai_model.strip():
+        raise UserError("the model has no name; give a hub id, a folder or a .gguf file")
     path = Path(ai_model).expanduser()
     if ai_model in _PACKAGED:
         package, file_name = _PACKAGED[ai_model]

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from lib.chat_backends import resolve_chat_model
 from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, share, stage_main
 from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module, task_settings
 from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunPaths
@@ -154,6 +155,8 @@ def resolve(args: argparse.Namespace) -> RunPaths:
                         "--spectral_circuit_discovery and --spectral_anchoring_plan")
     if choices.spectral_splits and choices.incorrect_rules:
         raise UserError("--spectral_splits uses no rules, so there are none to shuffle: leave out --incorrect_rules")
+    if not args.no_llm:
+        resolve_chat_model(args.feature_model, args.base_url)
     for name, value in task_settings(args).items():
         if isinstance(value, str) and Path(value).is_file():
             setattr(args, name, str(_within_repository(value)))

@@ -138,7 +138,7 @@ def _feature_columns(path: Path, frame: pd.DataFrame, task: FeatureTaskSpec) -> 
     catalogue = read_json(path, "feature catalogue (stage 2)")
     if not isinstance(catalogue, list) or not all(isinstance(item, dict) and "label" in item for item in catalogue):
         raise UserError(f"{path} is not a feature catalogue (a list of objects with a label); run stage 2 again")
-    names = [item.get("column") or sanitize_label(str(item["label"])) for item in catalogue]
+    names = [str(item.get("column") or sanitize_label(str(item["label"]))) for item in catalogue]
     reserved = {task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, *task.DEFAULT_TARGETS, "is_test", "split", "row_id"}
     present = [name for name in dict.fromkeys(names) if name in frame.columns and name not in reserved]
     if not present:

@@ -24,8 +24,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, get_type_hints
 
-from lib.artifacts import read_json, write_json
-from lib.cli import UserError
+from lib.artifacts import expecting, read_json, write_json
+from lib.cli import UserError, finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +115,7 @@ def _flag_options(kind: Any, field: dataclasses.Field) -> dict[str, Any]:
     elif _is_enum(kind):
         options = {"choices": [member.value for member in kind]}
     else:
-        options = {"type": kind, "choices": field.metadata["choices"]}
+        options = {"type": finite if kind is float else kind, "choices": field.metadata["choices"]}
     if env:
         text += f" [environment: {env}]"
         default = _environment_value(env, kind, default)
@@ -294,6 +294,8 @@ def resolve_task_spec(module: str, features_scores_dir: str | Path | None = None
     Raises:
         UserError: no such module, or it has no TASK_SPEC.
     """
+    if not all(piece.isidentifier() for piece in module.split(".")):
+        raise UserError(f"no task module {module!r}; a module's name looks like lib.tasks.arithmetic_task")
     try:
         task = importlib.import_module(module).TASK_SPEC
     except ModuleNotFoundError as error:
@@ -308,7 +310,9 @@ def resolve_task_spec(module: str, features_scores_dir: str | Path | None = None
     path = Path(features_scores_dir) / TASK_SETTINGS_FILE
     if not path.is_file():
         return task
-    return task.configured(task.Settings.from_json(read_task_settings(path, module)), recorded_in=path)
+    settings = read_task_settings(path, module)
+    with expecting("a record of task settings", path):
+        return task.configured(task.Settings.from_json(settings), recorded_in=path)
 
 
 def read_task_settings(path: str | Path, module: str) -> dict[str, Any]:
@@ -318,6 +322,8 @@ def read_task_settings(path: str | Path, module: str) -> dict[str, Any]:
         recorded = stored.get("task_module") if isinstance(stored, dict) else None
         raise UserError(f"{path} was recorded for the task {recorded!r}, not {module!r}; "
                         "give the same --task_module as in stage 1")
+    if not isinstance(stored.get("settings"), dict):
+        raise UserError(f"{path} holds no settings of a task; run stage 1 again")
     return stored["settings"]
 
 

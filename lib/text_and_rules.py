@@ -356,7 +356,7 @@ def _stored_rule(row: Mapping[str, object], position: int, path: Path) -> Stored
         return StoredRule(int(float(row.get("rule_id") or position)), parse_rule(text), text, direction)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{where} has the rule_id {row['rule_id']!r}, which is not a number") from None
 
 

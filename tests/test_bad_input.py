@@ -80,6 +80,7 @@ S9 = "9_compare_models --task_dir features --out_dir out"
 S10 = "10_compute_threshold_sweep_stats --csv features/scores.csv --out_dir out"
 S11 = "11_summarize_sensitivity_analysis --stats_root features --out_dir out"
 SHIFT = "summarize_intervention_shift --baseline_dir features --candidate_dir rules --output_csv out/a.csv"
+PLANNED = "--sampling_strategy plan --sampling_plan_path plan.json"
 RECALL = "validate_recall --input_data_dir nc --output_data_dir out --quiet"
 BUILD = "build_bon_dataset --requests requests.csv --output out/bon.json"
 TABLES = "make_paper_tables --data_root features --out_dir out"
@@ -126,11 +127,11 @@ CASES = [
     Case(S1, f"--task_module {TABLE} --task_file features", "table not found"),
     Case(S1, f"--task_module {TABLE} --task_file empty.csv", "cannot be read as a .csv", {"empty.csv": ""}),
     Case(S1, f"--task_module {TABLE} --task_file head.csv", "holds no rows", {"head.csv": "prompt,answer\n"}),
-    Case(S1, f"--task_module {TABLE} --task_file bad.csv", "cannot be read", {"bad.csv": b"prompt,answer\n\xff\xfe,1\n"}),
-    Case(S1, f"--task_module {TABLE} --task_file rag.csv", "cannot be read", {"rag.csv": "prompt,answer\n1,2\n1,2,3,4\n"}),
+    Case(S1, f"--task_module {TABLE} --task_file t.csv", "cannot be read", {"t.csv": b"prompt,answer\n\xff\xfe,1\n"}),
+    Case(S1, f"--task_module {TABLE} --task_file t.csv", "cannot be read", {"t.csv": "prompt,answer\n1,2\n1,2,3,4\n"}),
     Case(S1, f"--task_module {TABLE} --task_file bad.json", "cannot be read as a .json", {"bad.json": "{"}),
     Case(S1, f"--task_module {TABLE} --task_file n.jsonl", "n.jsonl", {"n.jsonl": "3\n4\n"}),
-    Case(S1, f"--task_module {TABLE} --task_file bad.parquet", "cannot be read as a .parquet", {"bad.parquet": b"PAR1"}),
+    Case(S1, f"--task_module {TABLE} --task_file bad.parquet", "as a .parquet", {"bad.parquet": b"PAR1"}),
     Case(S1, f"--task_module {TABLE} --task_file table.csv --prompt_col question", "has no column question"),
     Case(S1, f"--task_module {TABLE} --task_file table.csv --feature_cols x,y", "has no column x, y"),
     Case(S1, f"--task_module {TABLE} --task_file table.csv --prompt_col answer", "are both 'answer'"),
@@ -139,12 +140,13 @@ CASES = [
     Case(S1, f"--task_module {TABLE} --task_file table.csv --tolerance nan", "tolerance"),
     Case(S1, f"--task_module {TABLE} --task_file re.csv --match regex", "not a regular expression",
          {"re.csv": "prompt,answer\na,(\n"}),
-    Case(S1, f"--task_module {TABLE} --task_file t.csv --match numeric", "is not a number", {"t.csv": "prompt,answer\na,b\n"}),
+    Case(S1, f"--task_module {TABLE} --task_file t.csv --match numeric", "is not a number",
+         {"t.csv": "prompt,answer\na,b\n"}),
     Case(S1, f"--task_module {TABLE} --task_file t.csv", "prompt of row 1 is empty", {"t.csv": "prompt,answer\n,b\n"}),
-    Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file nothing.json", "augmented prompts not found"),
+    Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file none.json", "augmented prompts not found"),
     Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file b.json", "not a list", {"b.json": "{}"}),
     Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file b.json", "entry 1", {"b.json": "[{}]"}),
-    Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file b.json", "cannot be read", {"b.json": "[" * 9}),
+    Case(S1, f"--task_module {BON} --judge refusal --augmented_prompts_file b.json", "cannot be", {"b.json": "[" * 9}),
     Case(S1, f"--task_module {BON} --judge groq: --augmented_prompts_file bon.json", "names a provider but no model"),
     Case(S1, f"--task_module {BON} --judge groq:x --augmented_prompts_file bon.json", "GROQ_API_KEY"),
     # stage 1: the cache of answers
@@ -153,7 +155,6 @@ CASES = [
     Case(S1, "--prompts_answers_pkl_file answers.pkl", "not a plain pickle", {"answers.pkl": pickle.dumps(Path("x"))}),
     Case(S1, "--prompts_answers_pkl_file answers.pkl", "answers", {"answers.pkl": pickle.dumps([{"prompt": 1}])}),
     Case(S1, "--prompts_answers_pkl_file answers.pkl", "answers", {"answers.pkl": pickle.dumps({"+": [1, 2]})}),
-    Case(S1, "--prompts_answers_pkl_file answers.pkl", "answers", {"answers.pkl": pickle.dumps({"+": [("a", 1, 2, 3, 4)]})}),
     Case(S1, f"--prompts_answers_pkl_file answers.pkl --task_module {BON} --judge refusal", "best-of-N"),
     Case(S1, "--prompts_answers_pkl_file file/x.pkl --max_operand 2", "file"),
     # stage 2
@@ -163,7 +164,7 @@ CASES = [
     Case(S2, "", "not a plain pickle", {"answers.pkl": b"\x80\x04"}),
     Case(S2, f"--task_module {TABLE}", "not a cache of a table"),
     Case(S2, "--z_thresh nan", "not a finite number"),
-    Case(S2, "--train_ratio 2", "train_ratio"),
+    Case(S2, "--train_ratio inf", "not a finite number"),
     Case(S2, "--max_number_of_prompts_to_analyze -3", "-3 is negative"),
     Case(S2, "", "record of stage 1", {"answers.run_metadata.json": "{"}),
     Case(S2, "", "record of stage 1", {"answers.run_metadata.json": JSON_LIST}),
@@ -230,7 +231,7 @@ CASES = [
     Case(S6, "", "not a manifest", {"nc/manifest.json": JSON_LIST}),
     Case(S6, "", "no rule circuit", {"nc/manifest.json": "[]"}),
     Case(S6, "", "no circuit_id", {"nc/manifest.json": json.dumps([{"status": "ok"}])}),
-    Case(S6, "", "cannot be part of a file name", {"nc/manifest.json": json.dumps([{**CIRCUIT, "target": "../../up"}])}),
+    Case(S6, "", "part of a file name", {"nc/manifest.json": json.dumps([{**CIRCUIT, "target": "../../up"}])}),
     Case(S6, "", "not a manifest", {"nc/manifest.json": json.dumps([{**CIRCUIT, "circuit_id": "one"}])}),
     Case(S6, "", "not a manifest", {"nc/manifest.json": json.dumps([{**CIRCUIT, "metadata_topn": [1]}])}),
     Case(S6, "", "is not a component", {"nc/manifest.json": json.dumps([
@@ -238,9 +239,9 @@ CASES = [
     Case(S6, "--cluster_by_spectral", "no cluster circuit"),
     Case(S6, "--sampling_strategy plan", "needs --sampling_plan_path"),
     Case(S6, "--sampling_plan_path plan.json", "give both or neither"),
-    Case(S6, "--sampling_strategy plan --sampling_plan_path plan.json", "not a sampling plan", {"plan.json": "{}"}),
-    Case(S6, "--sampling_strategy plan --sampling_plan_path plan.json", "not a sampling plan", {"plan.json": JSON_LIST}),
-    Case(S6, "--sampling_strategy plan --sampling_plan_path plan.json", "not a sampling plan",
+    Case(f"{S6} {PLANNED}", "", "not a sampling plan", {"plan.json": "{}"}),
+    Case(f"{S6} {PLANNED}", "", "not a sampling plan", {"plan.json": JSON_LIST}),
+    Case(f"{S6} {PLANNED}", "", "not a sampling plan",
          {"plan.json": json.dumps({"baseline_subset": "some", "dataset_size": 1, "rules": []})}),
     Case(S6, "--search_epsilon 0", "not in .0, 1."),
     Case(S6, "--search_epsilon nan", "not in .0, 1."),
@@ -251,7 +252,7 @@ CASES = [
     Case(S6, "--intervention magic", "invalid choice: 'magic'"),
     # stage 7
     Case("7_refine_neuron_anchored_rules", "", "required: --features_scores_dir"),
-    Case(S7, "--circuit_agonists_path nothing", "neither a folder nor a .zip"),
+    Case(S7, "--circuit_agonists_path nothing", "agonist neurons not found"),
     Case(S7, "--circuit_agonists_path features", "no neuron_buckets.json"),
     Case(S7, "--circuit_agonists_path bad.zip", "cannot be read as a zip", {"bad.zip": b"PK\x03\x04"}),
     Case(S7, "", "neuron_buckets.json", {"bag/positive_baseline/neuron_buckets.json": "{"}),
@@ -292,6 +293,10 @@ CASES = [
     Case(TABLES, "--thresholds a,b", "thresholds"),
     Case(TABLES, "--table10_topn 0", "not a positive integer"),
     Case(TABLES, "", "give a folder"),
+    Case("make_report", "", "required: model_root"),
+    Case("make_report", "nothing", "nothing"),
+    Case("make_report", "features --all_runs --run x", "leave out --run"),
+    Case("make_report", "features --max_prompts 0", "not a positive integer"),
     # other commands
     Case("validate_recall", "", "required"),
     Case(RECALL, "--modes guess", "invalid choice: 'guess'"),

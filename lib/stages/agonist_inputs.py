@@ -153,7 +153,8 @@ def _candidates(
         units = {label: range(width) for label in _labels_of_components(topn)}
     score_of = _by_neuron(topn.get("neuron_label_score"), path)
     strength_of = _by_neuron(topn.get("neuron_label_magnitude"), path)
-    labels = [label for label in units if not (args.mlp_neurons_only and parse_label(label)[1] is not None)]
+    heads = {label: parse_label(label)[1] for label in units}
+    labels = [label for label, head in heads.items() if not (args.mlp_neurons_only and head is not None)]
     if args.last_k_layers is not None:
         kept = sorted({parse_label(label)[0] for label in labels if parse_label(label)[1] is None})[
             -args.last_k_layers :

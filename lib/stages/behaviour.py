@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.artifacts import (
     StageRecord,
     exclusive,
+    expecting,
     file_digest,
     json_text,
     plain,
@@ -89,13 +90,14 @@ def recorded_task(module: str, cache_path: str | Path) -> FeatureTaskSpec:
     if not path.is_file():
         return task
     record = read_json(path, "record of stage 1")
-    settings = record["settings"]
-    if settings["task_module"] != module:
-        raise UserError(f"{cache_path} holds answers of the task {settings['task_module']}, not {module}; "
-                        "give the same --task_module as in stage 1")
-    # The summary also has the settings that only say where things are.
-    values = {**settings["task_settings"], **record.get("summary", {}).get("task_settings", {})}
-    return task.configured(task.Settings.from_json(values), recorded_in=path)
+    with expecting("a record of stage 1", path):
+        settings = record["settings"]
+        if settings["task_module"] != module:
+            raise UserError(f"{cache_path} holds answers of the task {settings['task_module']}, not {module}; "
+                            "give the same --task_module as in stage 1")
+        # The summary also has the settings that only say where things are.
+        values = {**settings["task_settings"], **record.get("summary", {}).get("task_settings", {})}
+        return task.configured(task.Settings.from_json(values), recorded_in=path)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class BehaviourCache:
         task = resolve_task_spec(args.task_module)
         task = task.configured(task.Settings.from_arguments(args))
         path = Path(args.prompts_answers_pkl_file)
+        if path.is_dir():
+            raise UserError(f"--prompts_answers_pkl_file must name a file, and {path} is a folder")
         if path.suffix == PLAIN_SUFFIX:
             raise UserError(f"--prompts_answers_pkl_file {path}: stage 1 writes a pickle; name it .pkl, and a copy in "
                             f"plain text appears beside it as {PLAIN_SUFFIX}")
