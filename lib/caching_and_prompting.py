@@ -119,13 +119,14 @@ class ChatClient:
         return CallCache(self._cache_dir)
 
     def check(self) -> None:
-        """Fail now if the model cannot be asked at all (no key); a local one is not loaded for this.
+        """Fail now if the model cannot be asked at all (no key, no cache); a local one is not loaded for this.
 
         Raises:
             UserError: it cannot.
         """
         if self.model.provider is not Provider.LOCAL:
             self._ready_backend()
+        _ = self._cache
 
     def ask(self, requests: Sequence[ChatRequest], options: ChatOptions,
             report: Report | None = None) -> list[ChatReply]:

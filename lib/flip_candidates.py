@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.artifacts import expecting
 from lib.cli import UserError
 from lib.neurons import Neuron, parse_neuron
 from lib.zip_files import open_zip
@@ -137,7 +138,9 @@ def read_candidates(path: str | Path) -> list[Candidate]:
         raise UserError(f"no {BUCKETS_NAME} below {path}; run stage 6 first")
     united: dict[Neuron, Candidate] = {}
     for name, data in files:
-        for candidate in _bucket_candidates(_parse(data, name), name):
+        with expecting("a file of agonists (stage 6)", name):
+            found = list(_bucket_candidates(_parse(data, name), name))
+        for candidate in found:
             known = united.get(candidate.neuron)
             united[candidate.neuron] = candidate if known is None else _unite(known, candidate)
     return sorted(united.values(), key=lambda candidate: candidate.order)
@@ -166,7 +169,8 @@ def discovery_rows(sources: Iterable[str | Path], table: ScoresTable) -> np.ndar
         for name, data in _json_files(source):
             if name.rpartition("/")[2] in _NOT_RULE_FILES or not (b"_original_idx" in data or b"_indices" in data):
                 continue
-            found.update(_rows_named(_parse(data, name), name, table))
+            with expecting("a file that names datapoints (stages 4 to 6)", name):
+                found.update(_rows_named(_parse(data, name), name, table))
     rows = np.array(sorted(found), dtype=int)
     if rows.size and not 0 <= rows[0] <= rows[-1] < len(table):
         raise UserError(

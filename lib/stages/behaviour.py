@@ -61,6 +61,20 @@ def write_answers(cache_path: Path, cache: Any, task: FeatureTaskSpec) -> list[P
     return [cache_path, plain_path]
 
 
+def dataset_of(task: FeatureTaskSpec, cache: Any, cache_path: Path) -> pd.DataFrame:
+    """The datapoints in the content of a cache, which may hold anything: prompts and answers are texts.
+
+    Raises:
+        UserError: the content is not what the task writes.
+    """
+    with expecting(f"a cache of answers of the task {task.NAME}", cache_path):
+        frame = task.dataset_from_cache(cache)
+        for name in (task.DEFAULT_INPUT, task.DEFAULT_OUTPUT):
+            if not all(isinstance(text, str) for text in frame[name]):
+                raise ValueError(f"{name} is not a text everywhere")
+        return frame
+
+
 def read_dataset(cache_path: Path, task: FeatureTaskSpec) -> pd.DataFrame:
     """The datapoints of a cache of answers: a pickle, or its plain copy (`.jsonl`).
 
@@ -70,7 +84,7 @@ def read_dataset(cache_path: Path, task: FeatureTaskSpec) -> pd.DataFrame:
     import pandas as pd
 
     if cache_path.suffix != PLAIN_SUFFIX:
-        return task.dataset_from_cache(read_pickle(cache_path, CACHE))
+        return dataset_of(task, read_pickle(cache_path, CACHE), cache_path)
     records = read_jsonl(cache_path, CACHE)
     names = {task.DEFAULT_INPUT, task.DEFAULT_OUTPUT, *task.DEFAULT_TARGETS}
     if not records or not all(isinstance(record, dict) and names <= set(record) for record in records):

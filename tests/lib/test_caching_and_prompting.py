@@ -253,7 +253,7 @@ def test_a_killed_run_repeats_no_finished_call(tmp_path):
 def test_a_broken_cache_is_one_clear_error(tmp_path):
     (tmp_path / "chat_calls.sqlite").write_text("this is no database" * 100)
     with pytest.raises(UserError, match="delete it"):
-        ChatClient(ChatModel(Provider.OPENAI, "m"), tmp_path)
+        ChatClient(ChatModel(Provider.LOCAL, "m"), tmp_path).check()
 
 
 # ---------------------------------------------------------------- keys
