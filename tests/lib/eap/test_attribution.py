@@ -95,21 +95,20 @@ def test_exact_effects_equal_replacing_one_coordinate(family, intervention):
     settings = AttributionSettings(Method.EXACT, intervention=intervention, with_heads=True)
     table = table_for(lm, settings)
     scores = attribute_writes(lm, pairs, settings, batch_size=2, table=table)
-    layer, head, coordinate = 1, 2, 5
-    mlp = heads = 0.0
+    layer, head, coordinates = 1, 2, [0, 5, 9, 15]
+    found = {"mlp": scores.signed.mlp[layer, coordinates], "attention": scores.signed.heads[layer, head, coordinates]}
+    expected = {kind: torch.zeros(len(coordinates)) for kind in found}
     for pair in pairs:
         naive = NaivePair(lm, pair, settings, table)
         clean = naive.metric(naive.clean)
         for kind, change in (("mlp", naive.mlp_change(layer)), ("attention", naive.head_change(layer, head))):
-            step = torch.zeros_like(change)
-            step[:, coordinate] = change[:, coordinate]
-            effect = naive.metric(NaiveRun(lm, naive.clean.embeddings, {(kind, layer): step})) - clean
-            if kind == "mlp":
-                mlp += float(effect)
-            else:
-                heads += float(effect)
-    assert scores.signed.mlp[layer, coordinate] == pytest.approx(mlp, rel=1e-3, abs=1e-4)
-    assert scores.signed.heads[layer, head, coordinate] == pytest.approx(heads, rel=1e-3, abs=1e-4)
+            for place, coordinate in enumerate(coordinates):
+                step = torch.zeros_like(change)
+                step[:, coordinate] = change[:, coordinate]
+                run = NaiveRun(lm, naive.clean.embeddings, {(kind, layer): step})
+                expected[kind][place] += (naive.metric(run) - clean).detach()
+    for kind, effects in found.items():
+        assert_close(effects, expected[kind])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
