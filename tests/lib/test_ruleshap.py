@@ -186,7 +186,7 @@ def test_regressor_finds_the_upper_tail():
     [RuleSHAP(n_estimators=8, n_splits=2, alpha=0.5), RuleSHAPRegressor(n_estimators=8, n_splits=2)],
     expected_failed_checks=lambda model: dict.fromkeys(
         ("check_sample_weight_equivalence_on_dense_data", "check_sample_weight_equivalence_on_sparse_data"),
-        "the inner folds split weighted and repeated rows differently",
+        "trees and inner folds draw rows by number: one draw for a row of weight 2, two for a repeated row",
     ),
 )
 def test_scikit_learn_contract(estimator, check):
