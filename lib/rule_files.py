@@ -19,7 +19,7 @@ import pandas as pd
 from lib.artifacts import write_csv
 from lib.cli import rng
 from lib.rule_masks import TargetRows, pack
-from lib.rule_metrics import RuleScores, benjamini_hochberg, bootstrap_interval, fisher_p_values, rule_scores
+from lib.rule_metrics import RuleScores, benjamini_hochberg, fisher_p_values, metric_interval, rule_scores
 from lib.text_and_rules import Conjunction, Rule, rule_file_path
 
 if TYPE_CHECKING:
@@ -149,12 +149,12 @@ def _metrics(scores: RuleScores) -> dict[str, float]:
 
 
 def _added_columns(model: RuleSHAP, rule: Rule, rows: LabelledRows, seed: int) -> dict[str, Any]:
-    """Our columns, at the end of every combo file: size, inner cross-validation, 95 % bootstrap intervals."""
+    """Our columns, at the end of every combo file: size, inner cross-validation, 95 % intervals."""
     checked = model.validation_
     fires = rule.covers(rows.columns)
     intervals = {}
     for column, metric in (("MCC", "mcc"), ("P(target=1|fire)", "precision"), ("Lift(target=1|fire)", "lift")):
-        low, high = bootstrap_interval(fires, rows.y, metric, rng(seed, "bootstrap", metric))
+        low, high = metric_interval(fires, rows.y, metric, rng(seed, "bootstrap", metric))
         intervals |= {f"{column}_low95": low, f"{column}_high95": high}
     return {
         "n_literals": rule.n_literals,

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.confidence_bounds import flip_rate_interval
+
 Numbers = np.ndarray | float
+_SHARES = {"precision": ("tp", "n_fire"), "recall": ("tp", "n_positive"), "coverage": ("n_fire", "n")}
 METRICS = ("mcc", "precision", "recall", "f1", "lift", "coverage", "accuracy", "tpr", "tnr", "balanced_accuracy")
 
 
@@ -142,6 +145,18 @@ def bootstrap_interval(
         return (float("nan"), float("nan"))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high))
+
+
+def metric_interval(fires: np.ndarray, y: np.ndarray, metric: str, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of a metric: exact (Clopper and Pearson) for shares of rows, else bootstrap; NaN if undefined.
+
+    Resampling 14 hits in 14 rows can only give 14 hits in 14; the exact interval says that 77 % is possible too.
+    """
+    if metric not in _SHARES:
+        return bootstrap_interval(fires, y, metric, rng)
+    part, whole = (int(getattr(rule_scores(fires, y), count)) for count in _SHARES[metric])
+    interval = flip_rate_interval(part, whole)
+    return (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
 
 
 def fisher_p_values(scores: RuleScores) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lib.cli import rng
-from lib.rule_metrics import bootstrap_interval, rule_scores
+from lib.rule_metrics import metric_interval, rule_scores
 from lib.text_and_rules import Condition, Conjunction, Rule, rounded_threshold
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _with_interval(
 ) -> str:
     show = _percent if is_share else _number
     value = show(float(getattr(rule_scores(fires, y), metric)))
-    low, high = bootstrap_interval(fires, y, metric, rng(found.seed, "summary", found.target, label, metric))
+    low, high = metric_interval(fires, y, metric, rng(found.seed, "summary", found.target, label, metric))
     return f"{value} ({show(low)} to {show(high)})"
 
 

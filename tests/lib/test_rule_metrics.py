@@ -15,6 +15,7 @@ from lib.rule_metrics import (
     bootstrap_interval,
     fisher_p_values,
     mcc,
+    metric_interval,
     permutation_p_value,
     rule_scores,
 )
@@ -76,6 +77,16 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
         low, high = bootstrap_interval(fires, y, "precision", np.random.default_rng(draw), n=400)
         hits += low <= 0.7 <= high
     assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_a_share_without_a_miss_is_not_certain():
+    fires = np.arange(40) < 14
+    low, high = metric_interval(fires, fires, "precision", np.random.default_rng(0))
+    # 14 hits in 14: the share whose 14th power is 2.5 %.
+    assert low == pytest.approx(0.025 ** (1 / 14))
+    assert high == 1.0
+    assert np.isnan(metric_interval(np.zeros(5, dtype=bool), np.ones(5), "precision", np.random.default_rng(0))).all()
+    assert metric_interval(fires, fires, "mcc", np.random.default_rng(0)) == pytest.approx((1.0, 1.0))
 
 
 def test_fisher_p_value_is_the_tail_of_the_urn():
