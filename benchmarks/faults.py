@@ -55,21 +55,23 @@ def mixed_chain(bench: Bench, seed: int, n_damaged: int) -> Iterator[Trial]:
 
 
 def kills(bench: Bench, seed: int, n_kills: int) -> Iterator[Trial]:
-    """Chains of up to four kills, until so many have struck."""
+    """Chains of up to five kills, until so many have struck; then the command completes."""
     n_struck, chain = 0, 0
     while n_struck < n_kills:
         random = rng(seed, "kills", bench.world.name, chain)
         bench.fresh()
-        for number in range(4):
+        for number in range(5):
             trial = trials.kill(bench, random, (chain + number) % 3)
             n_struck += trial.outcome == "killed"
-            yield bench.complete(trial) if number == 3 else trial
+            is_last = number == 4 or trial.outcome != "killed" or n_struck == n_kills
+            yield bench.complete(trial) if is_last else trial
+            if is_last:
+                break
         chain += 1
 
 
-def everything(bench: Bench, seed: int, n_kills: int, n_damaged: int) -> Iterator[Trial]:
-    """The whole campaign of one stage."""
-    yield from kills(bench, seed, n_kills)
+def others(bench: Bench, seed: int) -> Iterator[Trial]:
+    """Everything else but damaged files, each also on a folder of its own."""
     random = rng(seed, "others", bench.world.name)
     for _ in range(2):
         bench.fresh()
@@ -85,7 +87,6 @@ def everything(bench: Bench, seed: int, n_kills: int, n_damaged: int) -> Iterato
         yield trials.run_two(bench, random, kill_first=False)
     for years in (-30, 30):
         yield trials.wrong_clock(bench, years)
-    yield from damaged(bench, seed, n_damaged)
 
 
 def damaged(bench: Bench, seed: int, n_files: int) -> Iterator[Trial]:
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the campaign; exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="*", default=list(WORLDS), choices=list(WORLDS), help="stages to disturb")
+    parser.add_argument("--parts", nargs="*", default=["kills", "others", "damage"], help="parts of the campaign")
     parser.add_argument("--kills", type=int, default=20, help="kills for each stage that must strike")
     parser.add_argument("--damaged", type=int, default=12, help="files that are damaged for each stage")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random moment")
@@ -127,14 +129,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if n_problems else 0
 
 
+def campaign(bench: Bench, args: argparse.Namespace) -> Iterator[Trial]:
+    """The parts that are asked for."""
+    if "kills" in args.parts:
+        yield from kills(bench, args.seed, args.kills)
+    if "others" in args.parts:
+        yield from others(bench, args.seed)
+    if "damage" in args.parts:
+        yield from damaged(bench, args.seed, args.damaged)
+
+
 def disturb_stage(name: str, root: Path, args: argparse.Namespace, log) -> dict:  # noqa: ANN001
     """All trials of one stage, each logged at once."""
     load_script(WORLDS[name].script)
     bench = Bench(WORLDS[name], root, figures=args.figures)
     bench.prepare(twice=not args.quick)
     row = {"name": name, "bench": bench, "counts": Counter(), "outcomes": Counter(), "problems": []}
-    found = mixed_chain(bench, args.seed, 2) if args.quick else everything(bench, args.seed, args.kills, args.damaged)
-    for trial in found:
+    for trial in mixed_chain(bench, args.seed, 2) if args.quick else campaign(bench, args):
         log.write(json.dumps(trial.to_json()) + "\n")
         log.flush()
         kind = next(column for column in COLUMNS if trial.fault.startswith(column))

@@ -26,8 +26,9 @@ ANSWERS = "./cache/arithmetic/M/llm_io_data.pkl"
 REPORT, RULES = "./data/arithmetic/M/feature_report", "./data/arithmetic/M/rule_extraction_results"
 TASK = "--task_module lib.tasks.arithmetic_task"
 
-# What makes them small: two operators of which the model gets about half right, few prompts, few candidates.
-SMALL_TASK = "--operators +* --limit 160 --max_operand 17 --few_shot 2 --max_new_tokens 3"
+# What makes them small: few prompts, few candidates; of the sums the model gets half right, of the differences few, so
+# that there is a rule to find.
+SMALL_TASK = "--operators +- --limit 180 --max_operand 17 --few_shot 2 --max_new_tokens 3"
 SMALL_RUN = f"--no_llm --circuit_size 40 --max_number_of_circuits_to_analyze 1 --eval_intervention mean {SMALL_TASK}"
 
 BY_HAND = {
