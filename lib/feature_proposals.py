@@ -110,11 +110,13 @@ def _group(title: str, prompts: Sequence[str]) -> str:
 def parse_reply(text: str) -> list[dict[str, Any]]:
     """The proposals in a reply: a JSON list of objects, or an object that holds one, anywhere in the text.
 
-    Thinking, code fences and prose around it do not matter; of several candidates the longest list counts.
+    Thinking, code fences and prose around it do not matter; of several candidates the longest list counts. Of a reply
+    that was cut off, the proposals that are whole count.
     """
     text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
     decoder = json.JSONDecoder(strict=False)
     best: list[dict[str, Any]] = []
+    single: list[dict[str, Any]] = []
     position = 0
     for _ in range(1000):
         match = re.compile(r"[\[{]").search(text, position)
@@ -126,8 +128,10 @@ def parse_reply(text: str) -> list[dict[str, Any]]:
             position = match.start() + 1
             continue
         found = _items(value)
+        if found == [value]:
+            single += found
         best = found if len(found) > len(best) else best
-    return best
+    return single if len(single) > len(best) else best
 
 
 def _items(value: Any) -> list[dict[str, Any]]:

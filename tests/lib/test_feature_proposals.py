@@ -58,6 +58,7 @@ A, B = item("A"), item("B")
         ("[1, 2, 3]", []),
         ('{"features": "none"}', []),
         (reply(A)[:-20], []),
+        (reply(A, B, item("C"))[:-20], ["A", "B"]),
     ],
 )
 def test_replies_of_any_shape(content, labels):
