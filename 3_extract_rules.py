@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also choose among the TRAIN rules on TEST: optimistic, for comparison with published tables",
     )
-    shap = parser.add_argument_group("SHAP")
+    _add_shap_arguments(parser.add_argument_group("SHAP"))
+    _add_control_arguments(parser.add_argument_group("controls"))
+
+
+def _add_shap_arguments(shap: argparse._ArgumentGroup) -> None:
     shap.add_argument(
         "--use_shap_in_xgb", action="store_true", help="grow trees on features in proportion to their SHAP importance"
     )
@@ -60,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="path attributions (Saabas) in place of exact tree SHAP values",
     )
-    controls = parser.add_argument_group("controls")
+
+
+def _add_control_arguments(controls: argparse._ArgumentGroup) -> None:
     controls.add_argument(
         "--npermutations",
         type=count,

@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_task_arguments(parser)
     add_spectral_arguments(parser)
-    sampling = parser.add_argument_group("sampling")
+    _add_sampling_arguments(parser.add_argument_group("sampling"))
+    _add_pairing_arguments(parser.add_argument_group("pairing"))
+    _add_statistics_arguments(parser.add_argument_group("statistics"))
+
+
+def _add_sampling_arguments(sampling: argparse._ArgumentGroup) -> None:
     sampling.add_argument(
         "--use_global_clusters",
         action="store_true",
@@ -59,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--min_points_to_study", type=positive_int, default=8, help="rules with fewer per side are skipped"
     )
-    pairing = parser.add_argument_group("pairing")
+
+
+def _add_pairing_arguments(pairing: argparse._ArgumentGroup) -> None:
     pairing.add_argument(
         "--pair_by_similarity_len_matched",
         action="store_true",
@@ -67,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pairing.add_argument("--pair_len_tolerance", type=count, default=0, help="tokens that paired lengths may differ by")
     add_pairing_arguments(pairing)
-    stats = parser.add_argument_group("statistics")
+
+
+def _add_statistics_arguments(stats: argparse._ArgumentGroup) -> None:
     stats.add_argument(
         "--compute_cover_stats", action="store_true", help="report how well each sample covers its group"
     )

@@ -171,10 +171,10 @@ class Check:
             )
         stats = _below(folder, "rule_extraction_results/neuron_flip_rules/stats")
         for run in sorted((child for child in _children(stats) if child.is_dir()), key=lambda child: child.name):
-            name = RunName.parse(run.name)
-            status = self._run(task, llm, folder, run, name)
-            if name and name.mode and not name.variant:
-                report.modes[mode_word(name.mode)] = status
+            parsed = RunName.parse(run.name)
+            status = self._run(task, llm, folder, run, parsed)
+            if parsed and parsed.mode and not parsed.variant:
+                report.modes[mode_word(parsed.mode)] = status
             else:
                 report.others[run.name] = status
 

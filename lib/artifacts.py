@@ -186,14 +186,6 @@ def read_csv(path: str | Path, what: str, **options: Any) -> pd.DataFrame:
         ) from None
 
 
-def write_npy(path: str | Path, array: np.ndarray) -> None:
-    """Write one array as `.npy`, atomically."""
-    import numpy as np
-
-    with atomic_write(path, "wb") as handle:
-        np.save(handle, array, allow_pickle=False)
-
-
 def read_npy(path: str | Path, what: str, *, mmap: bool = False) -> np.ndarray:
     """Read a `.npy` file without allowing objects; `mmap` leaves the data on disk."""
     import numpy as np

@@ -165,7 +165,6 @@ class _OpenAIProtocol(ChatBackend):
     """OpenAI and Groq: the two SDKs have one shape."""
 
     key_name: str
-    placeholder_key = ""
 
     def __init__(self, model: ChatModel, timeout: float) -> None:
         super().__init__(model, timeout)

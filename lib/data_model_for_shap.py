@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class TreeNodes(NamedTuple):
     gain: np.ndarray
 
 
-def import_xgboost() -> object:
+def import_xgboost() -> Any:
     """The xgboost module, with a hint where its OpenMP library is missing."""
     try:
         import xgboost

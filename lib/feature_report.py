@@ -105,7 +105,8 @@ def distribution(positive: np.ndarray, negative: np.ndarray) -> pd.DataFrame:
         low = high = levels
         counts = [np.array([(values == level).sum() for level in levels]) for values in (positive, negative)]
     else:
-        edges = np.linspace(*np.quantile(both, [0.01, 0.99]), MAX_LEVELS + 1)
+        lowest, highest = np.quantile(both, [0.01, 0.99]).tolist()
+        edges = np.linspace(lowest, highest, MAX_LEVELS + 1)
         low, high = edges[:-1], edges[1:]
         counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for values in (positive, negative)]
     shares = [count / max(count.sum(), 1) for count in counts]

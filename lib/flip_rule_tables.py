@@ -20,7 +20,6 @@ from lib.neurons import Neuron
 MANIFEST_NAME = "rule_combo_metrics_manifest.json"
 MANIFEST_SIGNATURE = "rule_combo_metrics_from_raw_v1"
 TRAIN, TEST, TEST_SELECTED, ALL_FIT = "train", "test", "test_selected", "all_fit"
-REPORTED_SCOPES = (TEST, TEST_SELECTED, ALL_FIT)
 SCOPE_MEANING = {
     TEST: "chosen on TRAIN, frozen, scored once on TEST: held out",
     TEST_SELECTED: "chosen and scored on TEST: optimistic, for comparison with published numbers only",

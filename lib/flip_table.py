@@ -17,8 +17,6 @@ from lib.flip_targets import FlipTarget
 from lib.neuron_intervention import UNKNOWN, FlipMatrix
 from lib.neurons import Neuron
 
-BOOKKEEPING = ("_orig_row", "_sampled", "_evaluated", "_spectral_sampled_center", "_role")
-
 
 @dataclass(frozen=True)
 class FlipTable:

@@ -136,7 +136,7 @@ def _write_report(paths: RunPaths, min_coverage: float, report: Report) -> None:
 
     options = PageOptions(min_coverage=min_coverage)
     try:
-        page = write_page(open_model(paths.model_dir), paths.choices.run_name, None, options).path
+        page = str(write_page(open_model(paths.model_dir), paths.choices.run_name, None, options).path)
     except UserError as error:
         # As with the parts of the summary: the results are there, only showing them failed.
         page = f"not available: {error}"

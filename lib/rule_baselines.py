@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def fit_baseline(baseline: Baseline, rows: LabelledRows, seed: int) -> FittedBas
         return fit[baseline](features, y, derived_seed(seed, "baseline", baseline.value))
 
 
-def _imodels() -> object:
+def _imodels() -> Any:
     try:
         import imodels
     except ImportError as error:
@@ -90,7 +90,7 @@ def _skope(features: np.ndarray, y: np.ndarray, seed: int) -> FittedBaseline:
     return FittedBaseline(predict, len(model.rules_), sum(map(_n_comparisons, model.rules_)))
 
 
-def _by_votes(model: object, features: np.ndarray, y: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+def _by_votes(model: Any, features: np.ndarray, y: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """(prediction, cut): yes where the model's share of yes is above the cut that gives the best MCC on TRAIN.
 
     Rules are chosen by MCC; a learner that is held to a share of one half instead would lose by that alone.
@@ -130,7 +130,7 @@ def _tree(features: np.ndarray, y: np.ndarray, seed: int) -> FittedBaseline:
     return FittedBaseline(predict, int(yes.sum()), int(_depths(model.tree_)[yes].sum()))
 
 
-def _depths(tree: object) -> np.ndarray:
+def _depths(tree: Any) -> np.ndarray:
     """Depth of each node, [node]; children come after their parent."""
     depths = np.zeros(tree.node_count, dtype=int)
     for node in range(tree.node_count):

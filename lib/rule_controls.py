@@ -150,4 +150,4 @@ def _refit(sample: Sample, settings: InductionSettings, cost: int, seed: int) ->
 
 def _same_rows(first: np.ndarray, second: np.ndarray) -> bool:
     either = np.count_nonzero(first | second)
-    return either > 0 and np.count_nonzero(first & second) >= SAME_ROWS * either
+    return bool(either > 0 and np.count_nonzero(first & second) >= SAME_ROWS * either)

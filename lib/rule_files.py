@@ -152,7 +152,7 @@ def _added_columns(model: RuleSHAP, rule: Rule, rows: LabelledRows, seed: int) -
     """Our columns, at the end of every combo file: size, inner cross-validation, 95 % intervals."""
     checked = model.validation_
     fires = rule.covers(rows.columns)
-    intervals = {}
+    intervals: dict[str, float] = {}
     for column, metric in (("MCC", "mcc"), ("P(target=1|fire)", "precision"), ("Lift(target=1|fire)", "lift")):
         low, high = metric_interval(fires, rows.y, metric, rng(seed, "bootstrap", metric))
         intervals |= {f"{column}_low95": low, f"{column}_high95": high}

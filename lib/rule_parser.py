@@ -150,7 +150,8 @@ class _Parser:
 
     def _comparison(self) -> _Literals:
         """`a > 1`, `1 < a` or `1 < a <= 2`."""
-        operands, signs = [self._operand()], []
+        operands = [self._operand()]
+        signs: list[str] = []
         while self._peek().kind == "compare" and len(signs) < 2:
             signs.append(self._take().text)
             operands.append(self._operand())

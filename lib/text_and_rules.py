@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from lib.cli import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    Columns = Mapping[str, np.ndarray] | pd.DataFrame
+    Columns: TypeAlias = Mapping[str, np.ndarray] | pd.DataFrame
 
 COMPARISONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "<=": operators.le,
@@ -353,7 +353,7 @@ def _stored_rule(row: Mapping[str, object], position: int, path: Path) -> Stored
         raise UserError(f"{where} has the coefficient_sign {direction!r}; positive or negative is needed")
     text = str(row[name])
     try:
-        return StoredRule(int(float(row.get("rule_id") or position)), parse_rule(text), text, direction)
+        return StoredRule(int(float(str(row.get("rule_id") or position))), parse_rule(text), text, direction)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (ValueError, OverflowError):

@@ -88,14 +88,6 @@ class PairBatch:
         result[:, self.border - 1 : -1] = self.is_real[0][:, self.border :]
         return result
 
-    @property
-    def answer_inputs(self) -> torch.Tensor:
-        """Columns that produce the clean answer (last prompt token and all answer tokens but the last), [pair, column].
-
-        The same columns as `scored`: what a position produces is the next token.
-        """
-        return self.scored
-
     def n_identical_columns(self) -> int:
         """Leading columns in which clean and corrupted agree, in ids, padding and position, in every pair."""
         same = (

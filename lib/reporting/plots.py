@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.artifacts import save_figure
-from lib.reporting.naming import RunMode, RunName
+from lib.reporting.naming import RunMode
 
 _MODE_COLOURS = ("#1b5e9c", "#4fa3d1", "#b2432f", "#7a9a3b", "#555555")
 _OTHER_COLOURS = ("#8a6fb2", "#d08a2e", "#3b8f8a", "#c26fa0", "#9a8f3b", "#6b7d93")
@@ -42,21 +42,10 @@ def report_style() -> Iterator[None]:
         yield
 
 
-def run_colours(run_names: Sequence[str]) -> dict[str, str]:
-    """A colour per run, the mode's own where it is the only run of its mode."""
-    colours, others = {}, 0
-    for text in run_names:
-        parsed = RunName.parse(text)
-        colour = _MODE_COLOURS[parsed.mode.order] if parsed and parsed.mode else None
-        if colour is None or colour in colours.values():
-            colour, others = _OTHER_COLOURS[others % len(_OTHER_COLOURS)], others + 1
-        colours[text] = colour
-    return colours
-
-
 def label_colours(labels: Sequence[str]) -> dict[str, str]:
     """A colour per display label: the mode's, or one of the others."""
-    colours, others = {}, 0
+    colours: dict[str, str] = {}
+    others = 0
     for label in labels:
         mode = RunMode.from_label(label)
         colour = _MODE_COLOURS[mode.order] if mode else None

@@ -27,24 +27,6 @@ from lib.reporting.tables import Table
 
 FACTORS = ("tau", "M")
 _QUALITY_COLUMNS = ("mcc", "quality", "quality_metric", "score")
-HEAD_COLUMNS = (
-    "run_name",
-    "run_dir",
-    "M",
-    "tau",
-    "score_scope",
-    "score_scope_label",
-    "score_scope_available",
-    "n_neurons_with_rules",
-    "quality_threshold_from_json",
-    "n_neurons_quality_ge_threshold_from_json",
-    "MCC_median",
-    "MCC_max",
-    "BalancedAcc_median",
-    "dataset_coverage_median",
-    "union_flip_any_unique_rate",
-    "scope_available",
-)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,9 @@ class RankTest(NamedTuple):
     p: float
 
 
-def mann_whitney(a: Sequence[float], b: Sequence[float], alternative: Alternative = Alternative.TWO_SIDED) -> RankTest:
+def mann_whitney(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, alternative: Alternative = Alternative.TWO_SIDED
+) -> RankTest:
     """Mann-Whitney U of two samples (scipy); equal constants give p = 1."""
     x, y = finite(a), finite(b)
     if not len(x) or not len(y):
