@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from lib.artifacts import exclusive, file_digest
 from lib.cli import UserError
@@ -97,13 +97,18 @@ class WasmSandbox(FeatureSandbox):
         super().__init__(limits)
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
-        self._folder = tempfile.TemporaryDirectory(prefix="features-")
+        self._folder: tempfile.TemporaryDirectory[str]
         self._table: tuple[Sequence[Row], list[Path]] | None = None
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="features-")
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         while self._idle:
             self._idle.pop().stop()
+        self._table = None
         self._folder.cleanup()
 
     @staticmethod
