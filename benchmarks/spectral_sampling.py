@@ -35,7 +35,7 @@ def write_inputs(folder: Path, n_prompts: int) -> None:
     import numpy as np
     import pandas as pd
 
-    from lib.artifacts import text_digest, write_csv, write_json
+    from lib.artifacts import file_digest, text_digest, write_csv, write_json
     from lib.modeling_and_ablation import model_identity
     from lib.representations import RepresentationSpec
 
@@ -68,7 +68,7 @@ def write_inputs(folder: Path, n_prompts: int) -> None:
         own = operator[start : start + 8192] * 16 + left[start : start + 8192] % 16
         table[start : start + 8192] = centres[own] + stream.standard_normal((len(own), WIDTH), dtype=np.float32)
     table.flush()
-    write_json(stem.with_suffix(".json"), key)
+    write_json(stem.with_suffix(".json"), {**key, "table_sha256": file_digest(stem.with_suffix(".npy"))})
 
 
 def main() -> None:

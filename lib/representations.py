@@ -135,14 +135,7 @@ def _compute(
     """Fill the cache file block by block, shortest prompts first; the header is written last."""
     encoder = PromptEncoder(language_model, prompts, spec)
     partial, progress_path = stem.with_suffix(".partial.npy"), stem.with_suffix(".partial.json")
-    n_done = 0
-    if partial.is_file() and progress_path.is_file():
-        n_done = read_json(progress_path, "representation checkpoint")["n_done"]
-        table = np.lib.format.open_memmap(partial, mode="r+")
-    else:
-        # A checkpoint left from another table would call rows of this one done.
-        progress_path.unlink(missing_ok=True)
-        table = _empty_table(partial, (len(prompts), encoder.width))
+    table, n_done = _begun(partial, progress_path, (len(prompts), encoder.width))
     batches = [encoder.order[start : start + batch_size] for start in range(n_done, len(prompts), batch_size)]
     since_checkpoint = 0
     for batch in report.progress(batches, unit="batch", desc="representations"):
@@ -158,6 +151,19 @@ def _compute(
     header = {"shape": [len(prompts), encoder.width], "dtype": "float32", "weights_sha256": language_model.digest}
     write_json(stem.with_suffix(".json"), {**key, **header, "table_sha256": file_digest(stem.with_suffix(".npy"))})
     progress_path.unlink(missing_ok=True)
+
+
+def _begun(partial: Path, progress_path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """The table of an interrupted run and the number of its finished rows; a new one where none can be used."""
+    if partial.is_file() and progress_path.is_file():
+        with contextlib.suppress(UserError, LookupError, TypeError, ValueError, OSError):
+            n_done = int(read_json(progress_path, "representation checkpoint")["n_done"])
+            table = np.lib.format.open_memmap(partial, mode="r+")
+            if table.shape == shape and table.dtype == np.float32 and 0 <= n_done <= shape[0]:
+                return table, n_done
+    # A checkpoint left from another table would call rows of this one done.
+    progress_path.unlink(missing_ok=True)
+    return _empty_table(partial, shape), 0
 
 
 def _empty_table(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -193,6 +193,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(cached, monkeypatch):
     assert not list(folder.glob("*.partial.*"))
 
 
+@pytest.mark.parametrize("damage", ["cut off", "of another shape", "no number"])
+def test_a_checkpoint_that_cannot_be_used_is_started_again(cached, damage):
+    represent, _, folder = cached
+    whole = np.array(represent(PROMPTS, pooling="last"))
+    (path,) = folder.glob("spectral_reps_*.npy")
+    partial, content = path.with_suffix(".partial.npy"), path.read_bytes()
+    path.with_suffix(".json").unlink()
+    if damage == "of another shape":
+        np.save(partial, whole[:2])
+    else:
+        partial.write_bytes(content[:-20] if damage == "cut off" else content)
+    n_done = "two" if damage == "no number" else 2
+    path.with_suffix(".partial.json").write_text(json.dumps({"n_done": n_done}))
+    path.unlink()
+    np.testing.assert_array_equal(represent(PROMPTS, pooling="last"), whole)
+
+
 def test_a_damaged_table_is_computed_again(cached):
     represent, calls, folder = cached
     whole = np.array(represent(PROMPTS, pooling="last"))
