@@ -285,6 +285,14 @@ def test_clusters_with_their_members(world):
     assert info["analysis_mode"] == "spectral_cluster" and info["cluster_base_subset"] == "positive"
 
 
+def test_same_command_same_bytes(world, finished):
+    run_elsewhere(world, "again")
+    folders = [next((folder / "is_correct").glob("rule_0_*")) for folder in (finished, world / "again")]
+    for name in ("scores.npz", "scores.json", "eval.json"):
+        first, second = ((folder / name).read_bytes() for folder in folders)
+        assert first == second, name
+
+
 def test_batch_size_does_not_matter(world, finished):
     other = run_elsewhere(world, "batch1", "--batch_size", "1")[0]["metadata_topn"]["neuron_label_score"]
     own = manifest_of(finished)[0]["metadata_topn"]["neuron_label_score"]
