@@ -125,7 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         total.update(row["counts"])
     n_problems = sum(len(row["problems"]) for row in rows)
     pairs = {"stages": len(rows), **{key.replace(" ", "_"): total[key] for key in COLUMNS}, "problems": n_problems}
-    print(" ".join(f"{key}={value}" for key, value in pairs.items()), f"seconds={time.monotonic() - started:.0f}")
+    cpu = sum(os.times()[:4])  # also of the children that have ended
+    pairs |= {"cpu_seconds": round(cpu), "seconds": round(time.monotonic() - started)}
+    print(" ".join(f"{key}={value}" for key, value in pairs.items()))
     return 1 if n_problems else 0
 
 

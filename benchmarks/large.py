@@ -113,8 +113,12 @@ def grow_rows(measured: Measured, sizes: list[int]) -> None:
         measured.run("rows", "3", size, ["--features_scores_dir", table, "--rules_dir", rules, *QUIET_RULES])
         measured.run("rows", "4", size, plan_arguments(table, rules, model, folder))
         shutil.rmtree(folder)
+
+
+def grow_flip_rows(measured: Measured, sizes: list[int]) -> None:
+    """Stages 8 to 10 on flip tables of few neurons."""
     for size in sizes:
-        reports(measured, "rows", size, n_rows=size, n_neurons=12)
+        reports(measured, "rows", size, n_rows=size, n_neurons=8)
 
 
 def plan_arguments(table: Path, rules: Path, model: Path, folder: Path) -> list[object]:
@@ -178,8 +182,11 @@ def reports(measured: Measured, what: str, size: int, *, n_rows: int, n_neurons:
     root = measured.root / f"tree_{what}_{size}"
     published_tree.build(root, tasks=("arithmetic",), models=published_tree.MODELS[:2], modes=MODES, states={},
                          sensitivity=False, scores=False)  # fmt: skip
+    flips = flip_table(n_rows, n_neurons)
+    write_csv(root / "flips.csv", flips)
     for stats in sorted(root.rglob("stats/*/")):
-        write_flips(stats, n_rows, n_neurons)
+        shutil.copy(root / "flips.csv", stats / "scores.csv")
+        write_rule_rows(stats, n_neurons)
     out = root / "out"
     thresholds = ["--thr_min", "0.7", "--thr_max", "0.9", "--thr_step", "0.1", "--quiet"]
     measured.run(what, "8", size, ["--stats_path", root / "data", "--out_dir", out / "8", *thresholds])
@@ -190,23 +197,34 @@ def reports(measured: Measured, what: str, size: int, *, n_rows: int, n_neurons:
     shutil.rmtree(root)
 
 
-def write_flips(stats: Path, n_rows: int, n_neurons: int) -> None:
-    """`scores.csv` and the rule rows of as many neurons, in the published form."""
-    random = rng(0, "flips", stats.name, n_rows, n_neurons)
+def flip_table(n_rows: int, n_neurons: int) -> pd.DataFrame:
+    """`scores.csv` in the published form; every run gets the same."""
+    random = rng(0, "flips", n_rows, n_neurons)
     is_correct = random.random(n_rows) < 0.5
     columns = {"prompt": [f"p{row}" for row in range(n_rows)], "is_correct": is_correct,
                "is_test": random.random(n_rows) < 0.2}  # fmt: skip
+    for key in map(neuron_key, range(n_neurons)):
+        hit = random.random(n_rows) < 0.1
+        columns |= {f"flip_{key}": hit, f"flip_c2i_{key}": hit & is_correct, f"flip_i2c_{key}": hit & ~is_correct}
+    return pd.DataFrame(columns)
+
+
+def neuron_key(number: int) -> str:
+    """Column name of the n-th neuron, layer by layer in turn."""
+    return f"m{number % 4}_{number // 4}"
+
+
+def write_rule_rows(stats: Path, n_neurons: int) -> None:
+    """The rule tables of a run, with rows for as many neurons."""
+    random = rng(0, "rules", stats.name, n_neurons)
     source = pd.read_csv(stats / "rule_combo_metrics_all_scopes.csv")
     source = source[source["neuron_key"] == source["neuron_key"].iloc[0]]
     rules = []
     for number in range(n_neurons):
-        key = f"m{number % 4}_{number // 4}"
-        hit = random.random(n_rows) < 0.1
-        columns |= {f"flip_{key}": hit, f"flip_c2i_{key}": hit & is_correct, f"flip_i2c_{key}": hit & ~is_correct}
+        key = neuron_key(number)
         target = source["flip_target"].str.replace(r"m\d+_\d+$", key, regex=True)
         rules.append(source.assign(neuron_key=key, layer_key=key.split("_")[0], neuron_id=number // 4,
                                    MCC=random.uniform(0.5, 1, len(source)).round(4), flip_target=target))  # fmt: skip
-    write_csv(stats / "scores.csv", pd.DataFrame(columns))
     table = pd.concat(rules, ignore_index=True)
     write_csv(stats / "rule_combo_metrics_all_scopes.csv", table)
     for scope in ("test", "all_fit"):
@@ -221,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest table")
     parser.add_argument("--limit_mb", type=float, default=6144, help="most memory of any stage")
-    parser.add_argument("--parts", nargs="*", default=["rows", "features", "rules", "neurons"], help="what grows")
+    parts = ["rows", "flips", "features", "rules", "neurons"]
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts, help="what grows")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the rows")
     args = parser.parse_args(argv)
     preload(["torch", "transformers.models.llama.modeling_llama", "xgboost", "matplotlib.figure", "tests.models"])
@@ -237,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
             Child(lambda: tiny_model(root / "model"), root, root / "notes").ending()
         if "rows" in args.parts:
             grow_rows(measured, [n_rows // 16, n_rows // 4, n_rows])
+        if "flips" in args.parts:
+            grow_flip_rows(measured, [n_rows // 16, n_rows // 4, n_rows])
         if "features" in args.parts:
             grow_features(measured, [25, 100, 400])
         if "rules" in args.parts:

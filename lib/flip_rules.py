@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.artifacts import StageRecord, read_csv, text_digest, write_csv
+from lib.artifacts import StageRecord, text_digest
 from lib.cli import derived_seed, rng
 from lib.flip_metrics import BaselineRule, choose_baseline_rule, honest_scores, mcc_of
 from lib.flip_rule_tables import ALL_FIT, TEST, TRAIN
@@ -168,7 +167,17 @@ class NeuronFit:
         model = self._fit(target, train, TRAIN)
         whole = self._fit(target, both, ALL_FIT) if self.settings.emit_all_fit else None
         column = target.column(self.neuron)
-        seed = derived_seed(self.settings.seed, "stage7 intervals", column)
+        both_rows = np.concatenate([np.flatnonzero(train_rows), np.flatnonzero(test_rows)])
+        baseline_of_train = self.problem.baseline[train_rows]
+        chosen = choose_baseline_rule(train.y, baseline_of_train)
+        known = mcc_of(chosen.fires(baseline_of_train), train.y)
+        more = {
+            f"rule_combo_train_{column}.csv": {"baseline_rule": chosen.value, "baseline_rule_MCC": known},
+            f"rule_combo_{column}.csv": self._honest(target, TEST, model, test, np.flatnonzero(test_rows), chosen),
+        }
+        if whole is not None:
+            chosen = choose_baseline_rule(both.y, self.problem.baseline[both_rows])
+            more[f"rule_combo_all_fit_{column}.csv"] = self._honest(target, ALL_FIT, whole, both, both_rows, chosen)
         write_rules(
             self.folder,
             column,
@@ -177,23 +186,9 @@ class NeuronFit:
             test=test,
             all_fit_model=whole,
             with_test_selected=self.settings.emit_test_selected,
-            seed=seed,
+            seed=derived_seed(self.settings.seed, "stage7 intervals", column),
+            more_columns=more,
         )
-        both_rows = np.concatenate([np.flatnonzero(train_rows), np.flatnonzero(test_rows)])
-        baseline_of_train = self.problem.baseline[train_rows]
-        chosen = choose_baseline_rule(train.y, baseline_of_train)
-        known = mcc_of(chosen.fires(baseline_of_train), train.y)
-        add_columns(
-            self.folder / f"rule_combo_train_{column}.csv", {"baseline_rule": chosen.value, "baseline_rule_MCC": known}
-        )
-        add_columns(
-            self.folder / f"rule_combo_{column}.csv",
-            self._honest(target, TEST, model, test, np.flatnonzero(test_rows), chosen),
-        )
-        if whole is not None:
-            chosen = choose_baseline_rule(both.y, self.problem.baseline[both_rows])
-            honest = self._honest(target, ALL_FIT, whole, both, both_rows, chosen)
-            add_columns(self.folder / f"rule_combo_all_fit_{column}.csv", honest)
 
     def _labelled(self, rows: np.ndarray) -> LabelledRows:
         from lib.rule_files import LabelledRows
@@ -240,7 +235,3 @@ class NeuronFit:
             groups=None if groups is None else groups[numbers],
         )
 
-
-def add_columns(path: Path, columns: Mapping[str, Any]) -> None:
-    """Set columns of a one-row table; new ones go to its end."""
-    write_csv(path, read_csv(path, "rule file", keep_default_na=False, dtype=str).assign(**columns))

@@ -8,7 +8,7 @@ common condition itself, and a rule text always has every digit, so that text, m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,15 +229,17 @@ def write_rules(
     all_fit_model: RuleSHAP | None = None,
     with_test_selected: bool = False,
     seed: int = 0,
+    more_columns: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Path]:
     """Write all rule files of one target and return their paths; `optimal_rule_set_<target>.csv` comes last.
 
     model: fitted on `train` only; `test` is scored once, with the frozen rule. all_fit_model: fitted on train and test.
+    more_columns: file name -> columns that this file has besides.
     """
     folder = Path(rules_dir)
     paths = []
     for path, frame in _tables(folder, target, model, train, test, all_fit_model, with_test_selected, seed):
-        write_csv(path, frame)
+        write_csv(path, frame.assign(**(more_columns or {}).get(path.name, {})))
         paths.append(path)
     return paths
 

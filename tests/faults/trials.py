@@ -23,7 +23,7 @@ from tests.faults.disturb import Fault, Kind
 from tests.faults.forked import Child, Ending, command, preload
 from tests.faults.worlds import LOGS, World
 
-_LEFTOVER = re.compile(r"(^|/)\.[^/]+(\.tmp|\.(partial|old)-[^/]*|converting-[^/]*)(/|$)")
+_LEFTOVER = re.compile(r"(^|/)\.([^/]+\.(tmp|partial|old)|converting-[^/]*)(/|$)")
 _YEAR = 365 * 86400
 
 
