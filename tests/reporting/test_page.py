@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.checked_lines import encode_line
@@ -222,7 +222,7 @@ def test_hostile_texts_are_shown_and_never_markup(hostile):
     assert "characters left out" in texts and len(page) < 400_000
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text())
 def test_visible_text_keeps_what_can_be_seen_and_nothing_else(text):
     shown = visible(text)
@@ -238,11 +238,12 @@ def test_long_text_keeps_both_ends():
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(json_values)
 def test_script_json_reads_back_and_cannot_end_its_element(value):
     text = script_json(value)
