@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,10 @@ def _temporary_file(path: Path) -> tuple[int, str]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between opening and locking, an earlier writer may have renamed this very file to its final name.
-            if os.path.samestat(os.fstat(descriptor), os.stat(name, follow_symlinks=False)):
+            # And what somebody else has put there under this name, or linked from elsewhere, is not ours to fill.
+            status = os.fstat(descriptor)
+            is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_nlink == 1
+            if is_ours and os.path.samestat(status, os.stat(name, follow_symlinks=False)):
                 os.ftruncate(descriptor, 0)
                 return descriptor, name
         except OSError:

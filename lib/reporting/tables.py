@@ -127,7 +127,8 @@ class Table:
     def markdown(self) -> str:
         """GitHub Markdown with the caption above."""
         head = [_markdown_cell(name) for name in self.columns]
-        lines = [self.caption, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        caption = " ".join(self.caption.split()).replace("<", "&lt;")
+        lines = [caption, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         lines += [f"| {' | '.join(map(_markdown_cell, row))} |" for row in self.texts()]
         return "\n".join(lines) + "\n"
 
@@ -136,7 +137,8 @@ class Table:
         heads = [self.heads.get(name) or latex_escape(name) for name in self.columns]
         numeric = [_is_numeric(self.frame[name]) for name in self.columns]
         lines = [
-            f"% {to_ascii(self.caption)}",
+            # On one line: what follows a line break would no longer be a comment.
+            f"% {' '.join(to_ascii(self.caption).split())}",
             r"\begin{table}[t]",
             r"\centering",
             rf"\caption{{{latex_escape(self.caption)}}}",

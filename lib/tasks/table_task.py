@@ -22,6 +22,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import regex
+
 from lib.answers import first_line, first_number, has_ended, number_has_ended
 from lib.cli import UserError, require_file, rng
 from lib.task_spec import AnswerScore, FeatureTaskSpec, TaskSettings, setting, target_statistics
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from lib.feature_representation import Feature
 
+SEARCH_SECONDS = 2.0
 MAX_GROUPS = 20
 """Accuracy is broken down by columns with at most this many values."""
 _READERS = {".csv": "read_csv", ".tsv": "read_csv", ".jsonl": "read_json", ".ndjson": "read_json", ".json": "read_json",
@@ -171,8 +174,8 @@ class TableTask(FeatureTaskSpec):
                 problem = f"is not a number: {expected!r}"
             if self.settings.match is Match.REGEX:
                 try:
-                    re.compile(expected)
-                except re.error as error:
+                    regex.compile(expected)
+                except regex.error as error:
                     problem = f"is not a regular expression: {expected!r} ({error})"
             if problem:
                 raise UserError(f"{path}: the expected answer of row {number} {problem}")
@@ -188,7 +191,7 @@ class TableTask(FeatureTaskSpec):
         if self.settings.match is Match.EXACT:
             return normalized(first_line(answer)) == normalized(expected)
         if self.settings.match is Match.REGEX:
-            return re.search(expected, answer) is not None
+            return _occurs(expected, answer)
         if self.settings.match is Match.LABEL:
             return first_label(answer, _label_list(row["labels"])) == normalized(expected)
         number, gold = first_number(first_line(answer)), _as_number(expected)
@@ -245,6 +248,15 @@ class TableTask(FeatureTaskSpec):
         names = [name for name in frame.columns if name.startswith(INPUT_PREFIX)]
         columns = [column_features(name.removeprefix(INPUT_PREFIX), frame[name].tolist()) for name in names]
         return [*text_features(), *itertools.chain.from_iterable(columns)]
+
+
+def _occurs(pattern: str, answer: str) -> bool:
+    """Whether a table's pattern occurs in an answer; one that searches without end is the table's mistake."""
+    try:
+        return regex.search(pattern, answer, timeout=SEARCH_SECONDS) is not None
+    except TimeoutError:
+        raise UserError(f"the regular expression {pattern!r} takes more than {SEARCH_SECONDS:g} s on an answer of "
+                        f"{len(answer)} characters; write one without nested repetitions") from None
 
 
 def _as_number(text: str) -> float | None:
