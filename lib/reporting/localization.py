@@ -50,7 +50,11 @@ class Agonist:
 
 @dataclass(frozen=True)
 class CircuitCost:
-    """One searched circuit: its group tests and, if its detail file tells, its number of candidates."""
+    """One searched circuit: its group tests and, if its detail file tells, its number of candidates.
+
+    n_groups: tests of the search. n_audit: tests that only measure how much the search has missed; published runs made
+    none, and the search would find the same without them, so they are no part of its cost.
+    """
 
     regime: str
     circuit_id: int | None
@@ -58,6 +62,7 @@ class CircuitCost:
     n_groups: int
     n_candidates: int | None
     candidates_by_layer: Mapping[str, int] | None = None
+    n_audit: int = 0
 
     @property
     def n_singles(self) -> int | None:
@@ -108,8 +113,10 @@ def circuit_dir(run: RunFolder) -> Path | None:
 def searched_run_names(root: ModelRoot) -> list[str]:
     """Runs whose search has left a folder, sorted; their flips may not have been measured yet."""
     found = []
-    for base, suffix in (("neural_circuit_discovery_results", ""), ("neural_circuit_discovery_results_fake_targets",
-                                                                    "-fake_targets")):
+    for base, suffix in (
+        ("neural_circuit_discovery_results", ""),
+        ("neural_circuit_discovery_results_fake_targets", "-fake_targets"),
+    ):
         bags = (root.path / base).glob("*/*/agonist_neurons*") if root.path else ()
         found += [f"{bag.parent.name}-{bag.name}{suffix}" for bag in bags if bag.is_dir()]
     return sorted(name for name in set(found) if RunName.parse(name) is not None)
@@ -270,15 +277,17 @@ def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
         detail = circuit_detail(run, regime, entry).value or {}
         layers = candidates_by_layer(detail)
         cost = block_of(entry, "search_cost") or block_of(detail, "search_cost")
+        n_audit = min(_count(cost.get("n_audit_tests")) or 0, n_groups)
         n_candidates = _count(cost.get("n_candidates")) or sum(layers.values()) or None
         costs.append(
             CircuitCost(
                 regime,
                 _count(entry.get("circuit_id")),
                 str(entry.get("circuit_label", "")),
-                n_groups,
+                n_groups - n_audit,
                 n_candidates,
                 layers or None,
+                n_audit,
             )
         )
     return Reading(Status.OK if costs else Status.EMPTY, costs, path=reading.path)
@@ -296,6 +305,7 @@ class Budget:
     n_groups: int
     n_candidates: int | None
     n_circuits: int
+    n_audit: int = 0
 
     @property
     def n_tree(self) -> int | None:
@@ -319,7 +329,8 @@ def budget(costs: Iterable[CircuitCost], circuit_ids: Iterable[int] | None = Non
     chosen = [cost for cost in costs if wanted is None or cost.circuit_id in wanted]
     known = [cost.n_candidates for cost in chosen if cost.n_candidates is not None]
     total = sum(known) if chosen and len(known) == len(chosen) else None
-    return Budget(sum(cost.n_groups for cost in chosen), total, len(chosen))
+    groups, audits = (sum(getattr(cost, name) for cost in chosen) for name in ("n_groups", "n_audit"))
+    return Budget(groups, total, len(chosen), audits)
 
 
 # ---------------------------------------------------------------- effects by circuit

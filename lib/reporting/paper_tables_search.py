@@ -57,6 +57,7 @@ class Recall:
             "n_recovered": len(self.recovered),
             "missed": sorted(set(self.effects) - self.recovered),
             "n_group_tests": self.search.n_groups,
+            "n_audit_tests": self.search.n_audit,
             "n_candidates": self.n_candidates,
             "tree_size": self.n_tree,
         }
@@ -297,7 +298,8 @@ def table_12(context: PaperContext) -> int:
         Table(
             "table12_cha_ablation_budget",
             frame,
-            f"Group tests of the search in the main run, by circuit. {main_tables_note(context)}",
+            "Group tests of the search in the main run, by circuit; tests of its audit, which measures what was "
+            f"missed, are counted apart (Audit). {main_tables_note(context)}",
             decimals=1,
             shown=tuple(name for name in _ROW_12 if name not in ("llm", "run_name")),
         )
@@ -315,6 +317,7 @@ _ROW_12 = (
     "Median",
     "Min–Max",
     "Total",
+    "Audit",
     "N",
     "% of N",
     "% of 2N-1",
@@ -336,6 +339,7 @@ def _row_12(run: RunFolder, regime: str, reading: Reading) -> dict[str, Any]:
         "Median": float(np.median(counts)) if counts else math.nan,
         "Min–Max": f"{min(counts)}–{max(counts)}" if counts else "NA",
         "Total": total.n_groups,
+        "Audit": total.n_audit,
         "N": total.n_candidates,
         "% of N": total.percent_of_singles,
         "% of 2N-1": total.percent_of_tree,
@@ -360,11 +364,14 @@ def table_13(context: PaperContext) -> int:
     """Agonists of two tasks in one model, and how many they share."""
     args = context.args
     tasks, model = (args.table13_task_a, args.table13_task_b), _shared_model(context)
+    if model is None:
+        message = f"no model has finished runs of both {tasks[0]} and {tasks[1]}"
+        context.session.issues.add(Issue("", "", "", "Table 13", "missing", message))
     named = {"both": REGIMES, "selected": (regime_of(args.baseline_subset),)}
     regimes = named.get(args.table13_baseline_scope, (args.table13_baseline_scope,))
     first, second = (_agonist_set(context, task, model, regimes) for task in tasks)
     missing = [*first.missing, *second.missing]
-    setting = f"{model_label(model)} {tasks[0]} vs {tasks[1]}"
+    setting = f"{model_label(model or '')} {tasks[0]} vs {tasks[1]}"
     row = None if missing else overlap_row(setting, set(first.neurons), set(second.neurons))
     frame = pd.DataFrame([row] if row else [], columns=["Setting", "|A|", "|J|", "|A ∩ J|", "Jaccard"])
     caption = (
@@ -383,8 +390,8 @@ def table_13(context: PaperContext) -> int:
     return len(frame)
 
 
-def _shared_model(context: PaperContext) -> str:
-    """The model asked for, else the paper's, else the first that has both tasks: always one and the same for both."""
+def _shared_model(context: PaperContext) -> str | None:
+    """The model asked for, else the paper's, else the first that has both tasks; None if none has them."""
     args = context.args
     if args.table13_model:
         return args.table13_model
@@ -392,10 +399,12 @@ def _shared_model(context: PaperContext) -> str:
         {root.llm for root in context.roots if root.task == task} for task in (args.table13_task_a, args.table13_task_b)
     ]
     both = [root.llm for root in context.roots if root.llm in models[0] & models[1]]
-    return DEFAULT_MODEL if DEFAULT_MODEL in both or not both else both[0]
+    return DEFAULT_MODEL if DEFAULT_MODEL in both else next(iter(both), None)
 
 
-def _agonist_set(context: PaperContext, task: str, model: str, regimes: Sequence[str]) -> AgonistSet:
+def _agonist_set(context: PaperContext, task: str, model: str | None, regimes: Sequence[str]) -> AgonistSet:
+    if model is None:
+        return AgonistSet(frozenset(), (), tuple(f"{task}/{regime}" for regime in regimes))
     roots = [root for root in context.roots if root.task == task and model in (root.llm, root.model)]
     if not roots:
         context.session.issues.add(Issue(task, model, "", "model", "missing", "no finished run of it, for Table 13"))
