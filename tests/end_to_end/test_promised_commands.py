@@ -16,7 +16,13 @@ import pytest
 
 from tests.scripts import REPOSITORY, run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("MECHARULE_TEST_PROMISED") != "1",
+        reason="some thirty runs of the real model, several minutes: set MECHARULE_TEST_PROMISED=1 to run them",
+    ),
+]
 
 MODEL = "SmolLM2-135M-Instruct"
 DISCOVERY = "./data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/by_hand"
