@@ -168,8 +168,9 @@ def test_partners_by_wording(world):
     assert plan["pairing"]["space"] == "sentence"
     assert own["associated_indices"] == other["associated_indices"]
     assert own["unrelated_indices"] != other["unrelated_indices"]
-    (cache,) = (world / "cache").glob("sentence_reps_*.npy")
-    assert np.load(cache).shape[1] == 384
+    (cache,) = (world / "cache").glob("sentence_reps_*.npz")
+    with np.load(cache) as stored:
+        assert stored["embeddings"].shape[1] == 384
 
 
 def test_a_rule_that_tries_to_run_code_is_refused(world, tmp_path, capsys):

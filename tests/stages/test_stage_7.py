@@ -195,12 +195,14 @@ def test_summaries_refuse_rules_that_another_run_fitted(finished):
     assert _data(finished["rules"] / "stats" / "run") == before
 
 
-def test_a_run_leaves_nothing_of_an_earlier_one_in_its_folder(finished):
+def test_a_run_leaves_nothing_of_an_earlier_one_in_its_folder(tmp_path):
+    # A world of its own: other tests count on the rules of the shared one.
+    paths = write_world(tmp_path, FRAME, EFFECTS)
     flags = ("--stats_dirname", "twice", "--rule_targets", "any", "--max_neurons", "1")
-    stats = finished["rules"] / "stats" / "twice"
-    assert _run(finished, *flags, "--joint_ablation", "--emit_test_selected") == 0
+    stats = paths["rules"] / "stats" / "twice"
+    assert _run(paths, *flags, "--joint_ablation", "--emit_test_selected") == 0
     assert (stats / "joint_ablation.json").is_file() and list(stats.glob("*test_selected*"))
-    assert _run(finished, *flags) == 0
+    assert _run(paths, *flags) == 0
     assert not (stats / "joint_ablation.json").exists() and not list(stats.glob("*test_selected*"))
     assert "All neurons at once" not in (stats / "anchored_rules.md").read_text()
 
