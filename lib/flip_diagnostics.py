@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from lib.artifacts import read_csv
+from lib.correlation import correlate
 from lib.neurons import layer_key
 
 KINDS = {"activation": "*_agonist_activation_summary.csv", "saliency": "*_agonist_saliency_summary.csv"}
@@ -166,24 +167,12 @@ def correlations(summary: pd.DataFrame, delta: pd.DataFrame) -> pd.DataFrame:
         ]
         tables.append(("associated_minus_unrelated", delta[delta["metric"] == metric], "delta_"))
         for (scope, table, prefix), feature, target in product(tables, FEATURES, EFFECTS):
-            pair = table[[prefix + feature, target]].astype(float).replace([np.inf, -np.inf], np.nan).dropna()
-            if len(pair) < 3 or (pair.nunique() < 2).any():
+            found = correlate(table[prefix + feature], table[target])
+            if found is None:
                 continue
-            pearson = float(np.corrcoef(pair.to_numpy().T)[0, 1])
-            spearman = float(np.corrcoef(pair.rank().to_numpy().T)[0, 1])
-            rows.append(
-                {
-                    "scope": scope,
-                    "metric": metric,
-                    "metric_display": display,
-                    "feature": prefix + feature,
-                    "target": target,
-                    "n": len(pair),
-                    "pearson": pearson,
-                    "spearman": spearman,
-                    "abs_spearman": abs(spearman),
-                }
-            )
+            names = {"scope": scope, "metric": metric, "metric_display": display}
+            names |= {"feature": prefix + feature, "target": target}
+            rows.append({**names, **found._asdict(), "abs_spearman": abs(found.spearman)})
     columns = ["scope", "metric", "metric_display", "feature", "target", "n", "pearson", "spearman", "abs_spearman"]
     order = ["target", "scope", "abs_spearman"]
     return pd.DataFrame(rows, columns=columns).sort_values(order, ascending=[True, True, False], kind="stable")
