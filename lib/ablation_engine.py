@@ -18,7 +18,7 @@ from lib.cli import Report, UserError
 from lib.engine_chunk import AnswerEnd, ChunkRun, Places
 from lib.engine_forward import leaving_stage
 from lib.engine_logits import Rivals, find_rivals
-from lib.engine_state import BaselineState, Site, Window, compute_baseline
+from lib.engine_state import BaselineState, Site, Window, compute_baseline, n_kv_heads
 from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 from lib.neurons import Neuron
@@ -249,14 +249,13 @@ class AblationEngine:
         )
         size = self.lm.dtype.itemsize
         parts = 3 if self.lm.is_parallel else 2
+        kv_width = 2 * n_kv_heads(self.lm) * self.lm.d_head
         blocks: list[list[int]] = [[]]
         used = 0
         for datapoint in order:
             window = self._windows[datapoint]
             length = len(window.tokens)
-            per_layer = (
-                parts * length * self.lm.d_model + 2 * (len(window.prefix) + length) * self.lm.n_heads * self.lm.d_head
-            )
+            per_layer = parts * length * self.lm.d_model + (len(window.prefix) + length) * kv_width
             cost = self.lm.n_layers * per_layer * size
             if blocks[-1] and used + cost > self.memory_bytes / 2:
                 blocks.append([])

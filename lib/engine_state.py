@@ -142,6 +142,11 @@ def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineSt
     )
 
 
+def n_kv_heads(lm: LanguageModel) -> int:
+    """Heads that have keys and values of their own; with grouped-query attention several query heads share one."""
+    return getattr(lm.model.config, "num_key_value_heads", None) or lm.n_heads
+
+
 def block_input(lm: LanguageModel, state: BaselineState, layer: int) -> torch.Tensor:
     """The residual stream entering a block in the baseline, [datapoint, position, d_model]."""
     if layer == 0:
@@ -232,6 +237,5 @@ def _extend(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]
 
 def _nothing(lm: LanguageModel, n_rows: int) -> Prefix:
     """A prefix without tokens."""
-    n_kv = getattr(lm.model.config, "num_key_value_heads", None) or lm.n_heads
-    empty = [torch.zeros(n_rows, n_kv, 0, lm.d_head, device=lm.device, dtype=lm.dtype)] * lm.n_layers
+    empty = [torch.zeros(n_rows, n_kv_heads(lm), 0, lm.d_head, device=lm.device, dtype=lm.dtype)] * lm.n_layers
     return Prefix(empty, empty, torch.zeros(n_rows, 0, device=lm.device))
