@@ -32,10 +32,10 @@ ANSWERS = "./cache/arithmetic/M/llm_io_data.pkl"
 REPORT, RULES = "./data/arithmetic/M/feature_report", "./data/arithmetic/M/rule_extraction_results"
 TASK = "--task_module lib.tasks.arithmetic_task"
 
-# What makes them small: few prompts, few candidates; of the sums the model gets half right, of the differences few, so
-# that there is a rule to find.
-SMALL_TASK = "--operators +- --limit 180 --max_operand 17 --few_shot 2 --max_new_tokens 3"
-SMALL_RUN = f"--no_llm --circuit_size 40 --max_number_of_circuits_to_analyze 1 --eval_intervention mean {SMALL_TASK}"
+# What makes them small: few prompts, few candidates, and two operators of which the model gets about half right, so that
+# both regimes have enough datapoints.
+SMALL_TASK = "--operators +* --limit 200 --max_operand 17 --few_shot 2 --max_new_tokens 3"
+SMALL_RUN = f"--no_llm --circuit_size 12 --max_number_of_circuits_to_analyze 1 --eval_intervention mean {SMALL_TASK}"
 
 BY_HAND = {
     "1": (
@@ -74,7 +74,7 @@ BY_HAND = {
         f"{REPORT} --output_data_dir {CIRCUITS} --ai_model M --cache_dir ./cache/arithmetic/M --method EAP-IG-inputs "
         "--intervention patching --eval_intervention mean-positional --circuit_level neuron --circuit_size 100000 "
         f"--max_pairs_per_circuit 128 --sampling_strategy plan --sampling_plan_path {PLAN} {TASK}",
-        "--circuit_size 40 --max_pairs_per_circuit 8 --max_n_of_rules_to_analyze 1 --check_units 2 "
+        "--circuit_size 12 --max_pairs_per_circuit 8 --max_n_of_rules_to_analyze 1 --check_units 2 "
         "--points_to_use_for_mean_ablation 32",
     ),
     "6": (
@@ -99,12 +99,12 @@ GRID = {
     "TASKS": "arithmetic",
     "MODELS": MODEL,
     "MODES": "spectral_plan",
-    "BASE_SIZE": "40",
-    "SIZES": "40",
+    "BASE_SIZE": "12",
+    "SIZES": "12",
     "RATES": "0.2",
     "EXTRA_FLAGS": f"--z_thresh 10 --batch_size 256 --quiet {SMALL_RUN}",
 }
-SENSITIVITY = {**GRID, "EXTRA_FLAGS": GRID["EXTRA_FLAGS"].replace("--circuit_size 40 ", "")}
+SENSITIVITY = {**GRID, "EXTRA_FLAGS": GRID["EXTRA_FLAGS"].replace("--circuit_size 12 ", "")}
 
 EXPECTED = """
     cache/arithmetic/M/llm_io_data.pkl
@@ -126,12 +126,12 @@ EXPECTED = """
     data/arithmetic/M/rule_extraction_results/neuron_flip_rules/stats/RUN/high_quality_neuron_flip_coverage_by_layer.pdf
     data/arithmetic/M/rule_extraction_results/neuron_flip_rules/*/*/rule_combo_flip_*.csv
     data/arithmetic/M/rule_extraction_results/neuron_flip_rules/*/*/rule_combo_all_fit_*.csv
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/neural_circuits/manifest.json
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/neural_circuits/dataset_info.json
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/agonist_neurons*/*/per_rule/is_correct/rule_*.json
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/agonist_neurons*/*/rule_knockout.json
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/agonist_neurons*/*/neuron_buckets.json
-    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M40-*/agonist_neurons*/*/neuron_bucket_stats.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/neural_circuits/manifest.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/neural_circuits/dataset_info.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/agonist_neurons*/*/per_rule/is_correct/rule_*.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/agonist_neurons*/*/rule_knockout.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/agonist_neurons*/*/neuron_buckets.json
+    data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/*-M12-*/agonist_neurons*/*/neuron_bucket_stats.json
     data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/by_hand/neural_circuits/manifest.json
     data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/by_hand/neural_circuits/dataset_info.json
     data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/by_hand/agonist_neurons-fast-spectral_anchor/positive_baseline/rule_knockout.json
@@ -142,7 +142,7 @@ EXPECTED = """
     paper_tables/table1*.csv
     paper_tables/table2_threshold_sweep_per_run_long.csv
 """  # noqa: E501
-RUN = "rule_split-spectral_sample-M40-decode_only-agonist_neurons-fast-spectral_anchor"
+RUN = "rule_split-spectral_sample-M12-decode_only-agonist_neurons-fast-spectral_anchor"
 
 
 @pytest.fixture(scope="module")
