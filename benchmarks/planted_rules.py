@@ -59,7 +59,7 @@ def _sorted(literal: Conjunction) -> list[Condition]:
 def _by_shape(rule: Rule) -> list[tuple[tuple, Conjunction]]:
     return sorted(
         (
-            (tuple((c.feature, c.operator) for c in _sorted(literal)) + (literal.negated,), literal)
+            ((literal.negated, tuple((c.feature, c.operator) for c in _sorted(literal))), literal)
             for literal in rule.literals
         ),
         key=lambda pair: pair[0],

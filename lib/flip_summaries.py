@@ -60,9 +60,10 @@ def _remove(folder: Path, patterns: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class SummaryOptions:
-    """What the summaries show."""
+    """What the summaries show. scopes: those that the run emits besides TEST, even where no neuron has a rule."""
 
     cut: QualityCut
+    scopes: tuple[str, ...]
     quantiles: tuple[float, float, float]
     length_cap: int
     topk: int
@@ -93,11 +94,11 @@ def write_summaries(
 ) -> tuple[list[Path], pd.DataFrame]:
     """Every table, JSON file and figure about the run's rules; also returns the anchored rules, best first.
 
-    `test_selected` and `all_fit` appear only if the run emitted them. answers, controls, joint: what the run stored,
+    `test_selected` and `all_fit` appear only if the run emits them or has such rules. answers, controls, joint: what the run stored,
     None or empty where it did not.
     """
     rules = collect_rules(run, options.cut)
-    present = set(rules["score_scope"])
+    present = {*rules["score_scope"], *options.scopes}
     scopes = [TEST, *(scope for scope in (TEST_SELECTED, ALL_FIT) if scope in present)]
     written = write_rule_tables(
         stats_dir, run, rules, options.cut, scopes, topk=options.topk, stats_dirname=options.stats_dirname

@@ -16,7 +16,7 @@ from lib.flip_candidates import BUCKETS_NAME, CandidateFilter, CatastrophicPolic
 from lib.flip_measuring import MeasureSettings
 from lib.flip_metrics import QualityCut
 from lib.flip_rows import RowSampling
-from lib.flip_rule_tables import quality_column
+from lib.flip_rule_tables import ALL_FIT, TEST_SELECTED, quality_column
 from lib.flip_rules import FitSettings
 from lib.flip_summaries import SummaryOptions
 from lib.flip_targets import FlipTarget, MinimumCounts
@@ -142,8 +142,10 @@ class FlipSettings:
             min_coverage=args.min_rule_dataset_coverage,
         )
         quantiles = parse_quantiles(args.rule_metrics_quantiles)
+        emitted = ((TEST_SELECTED, args.emit_test_selected), (ALL_FIT, args.emit_all_fit_rules))
+        scopes = tuple(scope for scope, is_emitted in emitted if is_emitted)
         return SummaryOptions(
-            cut, quantiles, args.rule_length_cap, args.rule_metrics_topk, args.stats_dirname, args.seed
+            cut, scopes, quantiles, args.rule_length_cap, args.rule_metrics_topk, args.stats_dirname, args.seed
         )
 
     def _fit(self) -> FitSettings:

@@ -207,6 +207,21 @@ def test_a_run_leaves_nothing_of_an_earlier_one_in_its_folder(tmp_path):
     assert "All neurons at once" not in (stats / "anchored_rules.md").read_text()
 
 
+def test_a_run_without_agonists_has_zero_coverage_in_every_scope(tmp_path, finished):
+    paths = write_world(tmp_path, FRAME, {})
+    assert _run(paths) == 0
+    stats = paths["rules"] / "stats" / "run"
+    coverage = json.loads((stats / "high_quality_neuron_flip_coverage.json").read_text())
+    assert coverage["available_score_scopes"] == ["test", "all_fit"]
+    assert [block["n_neurons_high_quality"] for block in coverage["score_scopes"].values()] == [0, 0]
+    for scope in ("test", "all_fit"):
+        output = tmp_path / scope
+        flags = ["--output_dir", output, "--output_csv", output / "summary.csv", "--hq_score_scope", scope, "--quiet"]
+        sides = ["--baseline_dir", finished["rules"] / "stats" / "run", "--candidate_dir", stats]
+        assert run_script("summarize_intervention_shift", [*sides, *flags]) == 0
+        assert json.loads((output / "intervention_shift_report.json").read_text())["neuron_sets"]["n_lost"] == 3
+
+
 def test_a_dry_run_counts_and_writes_nothing(tmp_path, finished, capsys):
     paths = write_world(tmp_path, FRAME, EFFECTS)
     made = []
