@@ -32,8 +32,8 @@ ANSWERS = "./cache/arithmetic/M/llm_io_data.pkl"
 REPORT, RULES = "./data/arithmetic/M/feature_report", "./data/arithmetic/M/rule_extraction_results"
 TASK = "--task_module lib.tasks.arithmetic_task"
 
-# What makes them small: few prompts, few candidates, and two operators of which the model gets about half right, so that
-# both regimes have enough datapoints.
+# What makes them small: few prompts, few candidates, and two operators of which the model gets about half right, so
+# that both regimes have enough datapoints.
 SMALL_TASK = "--operators +* --limit 200 --max_operand 17 --few_shot 2 --max_new_tokens 3"
 SMALL_RUN = f"--no_llm --circuit_size 12 --max_number_of_circuits_to_analyze 1 --eval_intervention mean {SMALL_TASK}"
 
@@ -67,7 +67,7 @@ BY_HAND = {
         "--pair_by_similarity_len_matched --pair_similarity_metric euclidean --min_points_per_ablation 128 "
         "--max_points_per_ablation 128 --use_global_clusters --global_n_clusters 32 --batch_size 256 "
         f"{TASK} --output_path {PLAN}",
-        "--min_points_per_ablation 16 --max_points_per_ablation 16",
+        "--min_points_per_ablation 20 --max_points_per_ablation 20",
     ),
     "5": (
         f'python 5_discover_circuits.py --rules_dir {RULES} --rules_glob "optimal_rule_set" --features_scores_dir '
@@ -83,7 +83,7 @@ BY_HAND = {
         "--intervention mean-positional --points_to_use_for_mean_ablation 256 --sampling_strategy plan "
         f"--sampling_plan_path {PLAN} --n_associated 64 --n_unrelated 64 --search_epsilon 0.2 --fast_ablation "
         f"--decode_only --mlp_neurons_only --sign_split_first {TASK}",
-        "--points_to_use_for_mean_ablation 32 --n_associated 16 --n_unrelated 16",
+        "--points_to_use_for_mean_ablation 32 --n_associated 20 --n_unrelated 20",
     ),
     "7": ("python 7_refine_neuron_anchored_rules.py --help", ""),
 }  # fmt: skip
