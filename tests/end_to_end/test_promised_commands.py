@@ -14,15 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.reporting.recount import FinishedRuns
 from tests.scripts import REPOSITORY, run_script
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        os.environ.get("MECHARULE_TEST_PROMISED") != "1",
-        reason="some thirty runs of the real model, several minutes: set MECHARULE_TEST_PROMISED=1 to run them",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 MODEL = "SmolLM2-135M-Instruct"
 DISCOVERY = "./data/arithmetic/M/neural_circuit_discovery_results/eap_ig_inputs/by_hand"
@@ -154,7 +149,7 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("promised commands")
     shutil.copytree(REPOSITORY / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     for path in REPOSITORY.iterdir():
-        if path.is_file() and path.suffix in (".py", ".sh", ".txt"):
+        if path.is_file() and path.suffix in (".py", ".sh", ".txt", ".md"):
             shutil.copy(path, folder)
     _environment_of(folder, environment)
     # The packaged model is converted once for all tests.
@@ -215,6 +210,17 @@ def finished(checkout) -> Path:
 def test_every_command_runs_and_leaves_the_files_that_it_names(finished):
     names = EXPECTED.replace("/M/", f"/{MODEL}/").replace("RUN", RUN).split()
     assert [name for name in names if not any(finished.glob(name))] == []
+
+
+def test_every_figure_of_the_tables_is_what_the_raw_files_say(finished):
+    runs = FinishedRuns(finished)
+    runs.check_tables(finished / "paper_tables")
+    summary = finished / "paper_tables/sensitivity_summary/arithmetic" / MODEL / "sensitivity_summary_all_scopes.csv"
+    runs.check_sensitivity(summary, MODEL)
+    runs.check_models(finished / "data/aggregated_visualizations/arithmetic/run_summary_by_model.csv")
+    # Table 1: 5 figures; 2: two of each of two scopes and five thresholds; 9: 1; 12: 2 regimes; stages 11 and 9: two rows
+    # and one of three.
+    assert runs.n_compared == 40
 
 
 def test_environment_is_found_activated_and_everything_compiles(checkout):
