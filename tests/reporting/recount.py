@@ -106,7 +106,8 @@ class FinishedRuns:
     def budget(self, details: list[dict]) -> tuple[int, int, int]:
         """(group tests of the search, tests of the audit, candidates) over circuits."""
         tests = sum(searched(detail) for detail in details)
-        return tests, sum(len(d["ablations"]) for d in details) - tests, sum(d["search_cost"]["n_candidates"] for d in details)
+        candidates = sum(detail["search_cost"]["n_candidates"] for detail in details)
+        return tests, sum(len(detail["ablations"]) for detail in details) - tests, candidates
 
     def check_tables(self, folder: Path) -> None:
         """Tables 1, 2, 3, 9 and 12."""
