@@ -110,7 +110,7 @@ class AnswerLog:
         """Read the whole lines and cut off the rest, so that appending goes on after a whole one."""
         lines, n_good = read_lines(self.path)
         try:
-            head = lines[0] if lines else {"fingerprint": self.fingerprint, "n_rows": self.n_rows}
+            head: dict[str, Any] = lines[0] if lines else {"fingerprint": self.fingerprint, "n_rows": self.n_rows}
             if (head["fingerprint"], head["n_rows"]) != (self.fingerprint, self.n_rows):
                 raise ValueError("it belongs to other settings")
             self.runs = dict(decode_run(line, self.n_rows) for line in lines[1:])

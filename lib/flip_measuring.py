@@ -127,8 +127,8 @@ class FlipMeasurer:
         n_groups = len(neurons) + (n_random if neurons else 0) + 1 + n_joint
         if self.log.baseline is None:
             return n_groups, n_groups
-        groups = [(neuron,) for neuron in (*neurons, *self._random(neurons, n_random, "noise floor"))]
-        groups = [*groups, NO_OP, *self._joint_groups(neurons, n_joint_controls)]
+        singles: list[Group] = [(neuron,) for neuron in (*neurons, *self._random(neurons, n_random, "noise floor"))]
+        groups = [*singles, NO_OP, *self._joint_groups(neurons, n_joint_controls)]
         return len(groups), len(self.log.missing(groups))
 
     # ------------------------------------------------------------ model

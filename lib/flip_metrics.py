@@ -84,7 +84,7 @@ def block_p_value(
         return values[np.argsort(random.permutation(n_groups)[number], kind="stable")]
 
     null = [np.count_nonzero(shuffled(fires) & shuffled(flipped)) for _ in range(n_draws)]
-    return float(permutation_p_value(np.count_nonzero(fires & flipped), np.array(null)))
+    return float(permutation_p_value(int(np.count_nonzero(fires & flipped)), np.array(null)))
 
 
 def q_values(p_values: np.ndarray) -> np.ndarray:
@@ -147,10 +147,9 @@ def honest_scores(
     for name, (low, high) in bootstrap_intervals(group_counts(fires, flipped, groups), random, n_resamples).items():
         result[f"{name}_low95"], result[f"{name}_high95"] = low, high
     result["baseline_rule"] = baseline_rule.value
-    result["baseline_rule_MCC"] = mcc_of(baseline_rule.fires(baseline), flipped)
-    result["MCC_gain"] = float(scores.mcc) - float(result["baseline_rule_MCC"])
-    result["p_value"] = float(fisher_p_values(scores)) if held_out else np.nan
+    baseline_mcc = mcc_of(baseline_rule.fires(baseline), flipped)
+    result["baseline_rule_MCC"], result["MCC_gain"] = baseline_mcc, float(scores.mcc) - baseline_mcc
+    p_value = float(fisher_p_values(scores)) if held_out else np.nan
     if held_out and len(np.unique(groups)) < len(groups):
-        blocks = block_p_value(fires, flipped, groups, random, N_BLOCK_PERMUTATIONS)
-        result["p_value"] = max(float(result["p_value"]), blocks)
-    return result
+        p_value = max(p_value, block_p_value(fires, flipped, groups, random, N_BLOCK_PERMUTATIONS))
+    return result | {"p_value": p_value}

@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lib.cli import CommandParser, Report, UserError, exit_code, finite, positive_int, share
@@ -165,7 +165,7 @@ def resample(extra: Sequence[str]) -> list[Step]:
     for cell in selection.cells():
         base = cell_paths(cell, extra)
         args = parse_pipeline(cell.pipeline_arguments([*extra, "--eval_intervention", kind]))
-        paths = RecheckPaths(*(getattr(base, name) for name in RunPaths.__dataclass_fields__), intervention=kind)
+        paths = RecheckPaths(**{field.name: getattr(base, field.name) for field in fields(RunPaths)}, intervention=kind)
         steps.append(cell_step(cell, extra))
         steps += [
             Step(f"{cell.title} with {kind}: {call.title}", [PYTHON, call.script, *call.arguments])

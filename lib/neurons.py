@@ -18,7 +18,7 @@ class Neuron(NamedTuple):
     """
 
     layer_label: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nothing asks a neuron for
 
     @property
     def layer(self) -> int:

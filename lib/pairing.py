@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PASS_LABELS = ("length-matched + unique", "length-matched", "unique", "any")
 _CHUNK_VALUES = 4_000_000
+_Candidates = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Positions, distances and whether matched, each [source, target]."""
 
 
 class Pairing(NamedTuple):
@@ -176,8 +178,8 @@ def _cheapest_targets(
     target_lengths: Lengths,
     metric: str,
     tolerance: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per source as many cheapest targets as there are sources: (positions, distances, is matched), [source, target].
+) -> _Candidates:
+    """Per source as many cheapest targets as there are sources.
 
     More are never needed: of a source's n cheapest targets, the n - 1 other sources leave one free.
     """
@@ -187,7 +189,7 @@ def _cheapest_targets(
     sample = np.concatenate([sources, np.asarray(targets[:10_000])])
     distance = distance_function(metric, sample)
     block = max(1, _CHUNK_VALUES // max(n_sources, targets.shape[1]))
-    kept: tuple[np.ndarray, ...] | None = None
+    kept: _Candidates | None = None
     for start in range(0, n_targets, block):
         stop = min(start + block, n_targets)
         found = distance(sources, np.asarray(targets[start:stop]))
@@ -195,17 +197,18 @@ def _cheapest_targets(
         matched = np.stack([source_lengths.gap(source, block_lengths) <= tolerance for source in range(n_sources)])
         positions = np.broadcast_to(np.arange(start, stop), found.shape)
         pieces = (positions, found, matched)
-        kept = (
-            pieces
-            if kept is None
-            else tuple(np.concatenate([old, new], axis=1) for old, new in zip(kept, pieces, strict=True))
-        )
+        kept = pieces if kept is None else _side_by_side(kept, pieces)
         if kept[0].shape[1] > n_candidates:
             kept = _smallest(kept, n_candidates)
     return kept
 
 
-def _smallest(kept: tuple[np.ndarray, ...], n: int) -> tuple[np.ndarray, ...]:
+def _side_by_side(left: _Candidates, right: _Candidates) -> _Candidates:
+    positions, distances, matched = (np.concatenate(both, axis=1) for both in zip(left, right, strict=True))
+    return positions, distances, matched
+
+
+def _smallest(kept: _Candidates, n: int) -> _Candidates:
     """The `n` best columns of each row: matched ones first, then by distance; in order of position."""
     positions, distances, matched = kept
     largest = distances[np.isfinite(distances)].max(initial=0.0)
@@ -213,7 +216,8 @@ def _smallest(kept: tuple[np.ndarray, ...], n: int) -> tuple[np.ndarray, ...]:
     # Unmatched distances are shifted behind all matched ones; the shift costs digits only among the unmatched.
     keys = np.where(matched, finite, finite + (finite.max() + 1))
     best = np.sort(np.argpartition(keys, n - 1, axis=1)[:, :n], axis=1)
-    return tuple(np.take_along_axis(array, best, axis=1) for array in (positions, distances, matched))
+    positions, distances, matched = (np.take_along_axis(array, best, axis=1) for array in kept)
+    return positions, distances, matched
 
 
 def pairing_report(

@@ -20,7 +20,7 @@ def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
     if not sequences:
         return 0
     # The lexicographically smallest and largest differ first where any two of them do.
-    low, high = min(sequences), max(sequences)
+    low, high = min(sequences, key=tuple), max(sequences, key=tuple)
     for position, (left, right) in enumerate(zip(low, high, strict=False)):
         if left != right:
             return position

@@ -99,7 +99,11 @@ def prompt_representations(
     last checkpoint.
     """
     unique = list(dict.fromkeys(prompts))
-    key = {"model": model_identity(ai_model), "spec": asdict(spec), "prompts_sha256": text_digest(unique)}
+    key: dict[str, object] = {
+        "model": model_identity(ai_model),
+        "spec": asdict(spec),
+        "prompts_sha256": text_digest(unique),
+    }
     stem = Path(cache_dir) / f"spectral_reps_{text_digest(key)[:16]}"
     if not _is_whole(stem):
         with exclusive(cache_dir):
@@ -153,7 +157,7 @@ def _compute(
     progress_path.unlink(missing_ok=True)
 
 
-def _begun(partial: Path, progress_path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+def _begun(partial: Path, progress_path: Path, shape: tuple[int, int]) -> tuple[np.memmap, int]:
     """The table of an interrupted run and the number of its finished rows; a new one where none can be used."""
     if partial.is_file() and progress_path.is_file():
         with contextlib.suppress(UserError, LookupError, TypeError, ValueError, OSError):
@@ -166,7 +170,7 @@ def _begun(partial: Path, progress_path: Path, shape: tuple[int, int]) -> tuple[
     return _empty_table(partial, shape), 0
 
 
-def _empty_table(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _empty_table(path: Path, shape: tuple[int, int]) -> np.memmap:
     """A float32 table on disk to be filled. Its space is taken now: a mapped write to a full disk ends the process.
 
     Raises:

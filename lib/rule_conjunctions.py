@@ -94,8 +94,7 @@ def path_conjunctions(trees: Iterable[TreeNodes], max_conditions: int) -> Conjun
     if not rows:
         return Conjunctions(np.zeros((0, max_conditions), dtype=np.int64), np.zeros(0), np.zeros(0))
     in_path_order = np.argsort(np.concatenate(numbers), kind="stable")
-    keys, gain_sum, gain_max = (np.concatenate(part)[in_path_order] for part in (rows, sums, largest))
-    return Conjunctions.distinct(keys, gain_sum, gain_max)
+    return Conjunctions.distinct(*(np.concatenate(part)[in_path_order] for part in (rows, sums, largest)))
 
 
 def _paths(tree: TreeNodes) -> Iterator[tuple[list[int], list[float]]]:

@@ -59,7 +59,10 @@ class RuleScores(NamedTuple):
         """Share of true targets that the rule finds."""
         return _share(self.tp, self.n_positive)
 
-    tpr = recall
+    @property
+    def tpr(self) -> Numbers:
+        """The recall, by its other name."""
+        return self.recall
 
     @property
     def tnr(self) -> Numbers:
@@ -98,9 +101,9 @@ class RuleScores(NamedTuple):
         """Matthews correlation of rule and target; 0 where one of them is constant."""
         return mcc(self.tp, self.fp, self.fn, self.tn)
 
-    def at(self, rule: int) -> RuleScores:
-        """The counts of one rule out of many."""
-        return RuleScores(*(field[rule] for field in self))
+    def at(self, rules: int | np.ndarray) -> RuleScores:
+        """The counts of one rule out of many, or of several in the order given."""
+        return RuleScores(*(np.asarray(field)[rules] for field in self))
 
 
 def mcc(tp: Numbers, fp: Numbers, fn: Numbers, tn: Numbers) -> Numbers:

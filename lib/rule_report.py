@@ -99,7 +99,7 @@ def _literal_section(
     lines = [
         f"### Rule {number}: `{literal.display(columns)}`",
         "",
-        f"TRAIN: covers {int(scores.n_fire):,} rows ({_percent(scores.coverage)}), precision "
+        f"TRAIN: covers {int(scores.n_fire):,} rows ({_percent(float(scores.coverage))}), precision "
         f"{interval('precision', True)}, lift {interval('lift', False)}{stable}.",
         "",
     ]

@@ -73,7 +73,7 @@ def _cells(fires: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _whole(counts: RuleScores) -> RuleScores:
     """Counts as whole numbers, for the exact test (weights may be fractions)."""
-    return RuleScores(*(round(count) for count in counts))
+    return RuleScores(*(round(float(count)) for count in counts))
 
 
 def _influence(repeats: np.ndarray, positive: np.ndarray, weight: np.ndarray, counts: RuleScores) -> np.ndarray:

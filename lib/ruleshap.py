@@ -324,10 +324,11 @@ def _shares(fires: np.ndarray, values: np.ndarray, weight: np.ndarray | None) ->
     """Mean of values where the rule is silent and where it holds; the overall mean for an empty side."""
     weight = np.ones(len(values)) if weight is None else weight
     overall = float(np.average(values, weights=weight))
-    return tuple(
-        float(np.average(values[side], weights=weight[side])) if weight[side].sum() > 0 else overall
-        for side in (~fires, fires)
-    )
+
+    def mean(side: np.ndarray) -> float:
+        return float(np.average(values[side], weights=weight[side])) if weight[side].sum() > 0 else overall
+
+    return mean(~fires), mean(fires)
 
 
 def _importances(found: Induction, n_features: int) -> np.ndarray:
@@ -365,7 +366,7 @@ def _rule_table(candidates: CandidateTable, sample: Sample, shap: Explanation | 
     alone = rarest_condition(candidates.literals, table, target)
     return RuleTable(
         [conjunctions[i] for i in order],
-        RuleScores(*(field[order] for field in scores)),
+        scores.at(order),
         *(
             field[order]
             for field in (importance, candidates.coefficient, candidates.gain_sum, candidates.gain_max, alone)

@@ -7,9 +7,12 @@ Pure numpy on arrays of points; knows nothing of prompts, rules or models. Dista
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from lib.representations import RowView
 
 EXACT_PCA_FLOPS = 2e10
 """Up to this cost (points x width x smaller side) the principal axes are computed exactly, beyond it randomised."""
@@ -48,8 +51,10 @@ class Cover(NamedTuple):
     n_clusters_in_group: int
 
 
-def principal_axes(points: np.ndarray, n_components: int, generator: np.random.Generator) -> PrincipalAxes:
-    """Principal axes of `points` [point, width] (read in chunks, so it may be a memory map).
+def principal_axes(
+    points: np.ndarray | RowView, n_components: int, generator: np.random.Generator
+) -> PrincipalAxes:
+    """Principal axes of `points` [point, width] (read in chunks, so it may lie on disk).
 
     At most min(n_components, n_points, width) components. Large inputs take the randomised range finder of Halko,
     Martinsson and Tropp (2011) with six power iterations.
@@ -69,15 +74,19 @@ def principal_axes(points: np.ndarray, n_components: int, generator: np.random.G
     return PrincipalAxes(mean, axes, ratio, is_exact)
 
 
-def _chunk_sum(points: np.ndarray, summand: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _chunk_sum(points: np.ndarray | RowView, summand: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Sum of `summand(chunk)` over chunks of rows, in float64."""
-    return sum(
-        summand(np.asarray(points[start : start + _CHUNK], dtype=np.float64)) for start in range(0, len(points), _CHUNK)
-    )
+    starts = range(0, len(points), _CHUNK)
+    parts = (summand(np.asarray(points[start : start + _CHUNK], dtype=np.float64)) for start in starts)
+    return sum(parts, start=np.zeros(()))
 
 
 def _randomised_axes(
-    points: np.ndarray, mean: np.ndarray, n_components: int, generator: np.random.Generator, n_iterations: int = 6
+    points: np.ndarray | RowView,
+    mean: np.ndarray,
+    n_components: int,
+    generator: np.random.Generator,
+    n_iterations: int = 6,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Leading singular values and right singular vectors of the centred points, without holding a copy of them."""
     n_probes = min(n_components + 10, *points.shape)
@@ -90,7 +99,7 @@ def _randomised_axes(
     return np.sqrt(np.maximum(eigenvalues[order], 0)), (basis @ vectors[:, order]).T
 
 
-def _covariance_times(points: np.ndarray, mean: np.ndarray, basis: np.ndarray) -> np.ndarray:
+def _covariance_times(points: np.ndarray | RowView, mean: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """(centred points)^T (centred points) basis, [width, probe], in float32 products summed in float64."""
     result = np.zeros(basis.shape)
     centre, probes = mean.astype(np.float32), basis.astype(np.float32)
@@ -100,7 +109,7 @@ def _covariance_times(points: np.ndarray, mean: np.ndarray, basis: np.ndarray) -
     return result
 
 
-def to_unit_sphere(points: np.ndarray, axes: PrincipalAxes) -> np.ndarray:
+def to_unit_sphere(points: np.ndarray | RowView, axes: PrincipalAxes) -> np.ndarray:
     """Coordinates of the points on the principal axes, each row divided by its length; a zero row stays zero.
 
     Returns [point, component] float32.
@@ -273,7 +282,7 @@ def cover_statistics(
     sample_size: int,
     chunk: int,
     generator: np.random.Generator,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """How well chosen points (numbers) cover a group (numbers): share within `radius`, distances, cluster sizes."""
     owner, distance = nearest_centre(points[group], points[chosen], chunk)
     sizes = np.bincount(owner, minlength=len(chosen))

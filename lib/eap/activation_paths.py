@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from lib.eap.attribution import clean_yardstick
 from lib.eap.changes import prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import PairBatch
-from lib.eap.runs import Edit, Observation, Watch, answer_logits, run
+from lib.eap.runs import Edit, Edits, Observation, Watch, adding, answer_logits, edit_of, run
 from lib.eap.scores import AttributionSettings, WriteScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
@@ -28,13 +29,11 @@ def activation_path_scores(
     yardstick = clean_yardstick(language_model, batch, settings, observation)
     path = _Path(language_model, observation, yardstick, settings, batch.border)
     for layer, change in changes.mlp.items():
-        gradient = path.mean_gradient(change, lambda edit, layer=layer: {"mlp_edits": {layer: edit}})
+        gradient = path.mean_gradient(change, partial(edit_of, "mlp", layer))
         scores.add_mlp(layer, (change * gradient).sum(dim=1))
     for layer in changes.head_layers:
         change = changes.attention(language_model, layer)
-        gradient = path.mean_gradient(
-            change, lambda edit, layer=layer: {"attention_edits": {layer: lambda output, _: edit(output)}}
-        )
+        gradient = path.mean_gradient(change, partial(edit_of, "attention", layer))
         scores.add_heads(layer, changes.head_scores(language_model, layer, gradient))
     gradient = path.mean_gradient(changes.embedding, None)
     scores.add_embedding((changes.embedding * gradient).sum(dim=1))
@@ -59,9 +58,7 @@ class _Path:
         self.yardstick = yardstick.repeated(n_points)
         self.border = border
 
-    def mean_gradient(
-        self, change: torch.Tensor, edits: Callable[[Edit], dict[str, dict[int, Edit]]] | None
-    ) -> torch.Tensor:
+    def mean_gradient(self, change: torch.Tensor, edits: Callable[[Edit], Edits] | None) -> torch.Tensor:
         """Gradient at the moving component, averaged over the path, [pair, column, d_model].
 
         `edits` makes the run's arguments from the edit; None moves the token embeddings.
@@ -72,7 +69,7 @@ class _Path:
             if edits is None:
                 kept, _ = run(self.language_model, self.embeddings + step, self.frame, Watch(mlp=False))
             else:
-                arguments = edits(lambda output: output + step)
+                arguments = edits(adding(step))
                 kept, _ = run(self.language_model, self.embeddings, self.frame, Watch(mlp=False), **arguments)
             logits = answer_logits(
                 self.language_model, kept.final, self.yardstick.is_scored, self.frame.first, self.border

@@ -18,7 +18,7 @@ from lib.eap.changes import Changes, prepare
 from lib.eap.circuits import Layout
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import Pair, PairBatch, for_each_batch
-from lib.eap.runs import Frame, Observation, Watch, answer_logits, run
+from lib.eap.runs import Edits, Frame, Observation, Watch, adding, answer_logits, edit_of, run
 from lib.eap.scores import AttributionIntervention, AttributionSettings, GradientSite, Method
 from lib.eap.split_inputs import READERS, split_inputs, ungrouped
 from lib.interventions import ReplacementTable
@@ -128,7 +128,9 @@ class EdgeBatch:
             row = self.layout.mlp_row(layer)
             yield slice(row, row + 1), "mlp", layer, self.changes.mlp[layer][:, None]
 
-    def _gradients(self, embeddings: torch.Tensor, n_points: int, edits: dict) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _gradients(
+        self, embeddings: torch.Tensor, n_points: int, edits: Edits
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns, gradient [pair, reader, column, d_model] averaged over the points) of each group of readers."""
         with torch.enable_grad(), split_inputs(self.language_model) as kept:
             frame = self.frame.repeated(n_points)
@@ -163,8 +165,7 @@ class EdgeBatch:
             if kind == "embedding":
                 found = self._gradients(clean + step, len(alphas), {})
             else:
-                edits = {f"{kind}_edits": {layer: lambda output, *_, step=step: output + step}}
-                found = self._gradients(clean.requires_grad_(), len(alphas), edits)
+                found = self._gradients(clean.requires_grad_(), len(alphas), edit_of(kind, layer, adding(step)))
             for columns, gradient in found:
                 scores.add(torch.einsum("pucd,pvcd->puv", change, gradient), rows, columns)
 

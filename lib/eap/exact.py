@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from lib.eap.attribution import clean_yardstick
 from lib.eap.changes import Changes, prepare
 from lib.eap.metrics import Yardstick
 from lib.eap.pairs import PairBatch
-from lib.eap.runs import Observation, Watch, answer_logits, run
+from lib.eap.runs import Edits, Observation, Watch, adding, answer_logits, edit_of, run
 from lib.eap.scores import AttributionSettings, WriteScores
 from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
@@ -38,9 +38,7 @@ class ExactRuns:
         self.n_pairs = batch.n_pairs
         self.clean_value = self._measure(1, self.observation.clean.embeddings, {})
 
-    def _measure(
-        self, n_units: int, embeddings: torch.Tensor, edits: dict[str, dict[int, Callable[..., torch.Tensor]]]
-    ) -> torch.Tensor:
+    def _measure(self, n_units: int, embeddings: torch.Tensor, edits: Edits) -> torch.Tensor:
         """Metric of each pair under each unit's replacement, [pair, unit]."""
         frame = self.observation.frame.repeated(n_units)
         with torch.no_grad():
@@ -72,16 +70,12 @@ class ExactRuns:
     def effect(self, kind: str, layer: int, steps: torch.Tensor, n_units: int = 1) -> torch.Tensor:
         """Metric change when `steps` [pair * unit, column, d_model] is added to a write, [unit, pair] float64."""
         embeddings = self.observation.clean.embeddings.repeat_interleave(n_units, 0)
-        edits: dict[str, dict[int, Callable[..., torch.Tensor]]] = {}
+        edits: Edits = {}
         if kind == "embedding":
             embeddings = embeddings + steps.to(embeddings.dtype)
         else:
-            edits = {f"{kind}_edits": {layer: _adding(steps)}}
+            edits = edit_of(kind, layer, adding(steps))
         return (self._measure(n_units, embeddings, edits) - self.clean_value).double().T
-
-
-def _adding(steps: torch.Tensor) -> Callable[..., torch.Tensor]:
-    return lambda output, *_: output + steps.to(output.dtype)
 
 
 def exact_scores(

@@ -6,7 +6,7 @@ the answer it gave.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -102,8 +102,10 @@ class Yardstick:
             log_probs = torch.cat(
                 [self.clean_log_probs[owner == pair].repeat(times, 1) for pair in range(len(self.is_scored))]
             )
-        rows = (tensor.repeat_interleave(times, 0) for tensor in (self.is_scored, self.answer, self.other))
-        return Yardstick(self.metric, self.aggregation, *rows, log_probs)
+        is_scored, answer, other = (
+            tensor.repeat_interleave(times, 0) for tensor in (self.is_scored, self.answer, self.other)
+        )
+        return replace(self, is_scored=is_scored, answer=answer, other=other, clean_log_probs=log_probs)
 
     def measure(self, logits: torch.Tensor) -> torch.Tensor:
         """Distance of each row, [row], from logits [scored token in row-major order, vocabulary]."""

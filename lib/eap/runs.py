@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -23,6 +23,25 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 """Changes an MLP's output, [row, column, d_model] -> the same shape."""
 AttentionEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Changes attention's output [row, column, d_model], given its heads' mixes [row, column, heads * d_head] too."""
+
+
+class Edits(TypedDict, total=False):
+    """Those arguments of `run` that replace writes, by layer."""
+
+    mlp_edits: dict[int, Edit]
+    attention_edits: dict[int, AttentionEdit]
+
+
+def edit_of(kind: str, layer: int, edit: Edit) -> Edits:
+    """One edit, of the write of a layer's "mlp" or "attention"."""
+    if kind == "mlp":
+        return {"mlp_edits": {layer: edit}}
+    return {"attention_edits": {layer: lambda output, _: edit(output)}}
+
+
+def adding(steps: torch.Tensor) -> Edit:
+    """The edit that moves a write by `steps` [row, column, d_model]."""
+    return lambda output: output + steps.to(output.dtype)
 
 
 @dataclass
@@ -66,8 +85,8 @@ class Frame:
         """For runs with `times` rows per row here."""
         if times == 1:
             return self
-        rows = (tensor.repeat_interleave(times, 0) for tensor in (self.is_real, self.positions))
-        return Frame(self.first, *rows, self.prefix)
+        is_real, positions = (tensor.repeat_interleave(times, 0) for tensor in (self.is_real, self.positions))
+        return replace(self, is_real=is_real, positions=positions)
 
 
 def mlp_norm(language_model: LanguageModel, layer: int) -> nn.Module:
