@@ -85,7 +85,7 @@ def test_answers_equal_naive_hooks(family, intervention, mode):
     assert n_changed > 0 or mode == "generated"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     family=st.sampled_from(FAMILIES),
     seed=st.integers(0, 10_000),

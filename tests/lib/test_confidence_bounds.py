@@ -50,7 +50,7 @@ def test_no_datapoint_and_all_flipped_bound_nothing():
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0.001, 0.4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_upper_bound_is_where_seeing_so_few_flips_has_probability_alpha(n, data, alpha):
     k = data.draw(st.integers(0, n - 1))
     bound = float(upper_flip_rate(k, n, alpha))
@@ -108,7 +108,7 @@ def test_ease_changes_when_to_give_up_and_nothing_else():
 
 
 @given(st.integers(10, 120), st.lists(st.integers(4, 100), max_size=5), st.floats(0.05, 0.6), st.floats(0.005, 0.1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_error_over_all_looks_stays_within_alpha(n, looks, epsilon, alpha):
     plan = plan_looks(n, tuple(looks), epsilon, alpha)
     for rate in (epsilon, min(1.0, epsilon * 1.1), min(1.0, epsilon * 2)):

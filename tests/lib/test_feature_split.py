@@ -35,7 +35,7 @@ def test_one_outlier_does_not_hang_the_search_for_clusters():
     assert split_rows(values, np.zeros(60, dtype=int), None, seed=0).is_test.sum() == 12
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 60), st.integers(0, 5))
 def test_small_tables_are_split_too(n_rows, seed):
     labels = np.arange(n_rows) % 2

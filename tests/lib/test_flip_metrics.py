@@ -106,7 +106,7 @@ def test_where_the_baseline_is_constant_its_rule_knows_nothing():
     assert choose_baseline_rule(flipped, baseline) is BaselineRule.NEVER
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=20))
 def test_q_values_ignore_what_was_not_tested(p_values):
     given_values = np.array([np.nan if p is None else p for p in p_values])

@@ -54,7 +54,7 @@ def test_an_unknown_group_column_is_named(tmp_path):
         group_numbers(_scores(tmp_path, world_frame(4)), "nothere")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5), n_rows=st.integers(1, 120), seed=st.integers(0, 9))
 def test_a_stratified_sample_has_the_asked_size_and_protects_small_classes(sizes, n_rows, seed):
     strata = np.repeat([f"s{i}" for i in range(len(sizes))], sizes)

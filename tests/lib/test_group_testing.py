@@ -88,7 +88,7 @@ def naive_published_search(order, flips, depth=0):
 
 
 @given(st.integers(1, 60), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_breadth_first_rounds_give_the_depth_first_records(n_candidates, seed):
     generator = rng(seed, "dfs")
     rate = generator.choice([0.0, 0.02, 0.3], size=(n_candidates, 1), p=[0.7, 0.2, 0.1])
@@ -121,7 +121,7 @@ def test_epsilon_zero_expands_every_tree_fully():
     st.booleans(),
     st.sampled_from([0, 8]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_candidate_is_tested_alone_or_pruned_once(n_candidates, seed, looks, full, dense_size):
     generator = rng(seed, "cover")
     rate = generator.choice([0.0, 0.01, 0.1, 0.6], size=(n_candidates, 1), p=[0.6, 0.2, 0.1, 0.1])

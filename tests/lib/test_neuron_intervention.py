@@ -28,7 +28,7 @@ def _log(tmp_path, engine, name="log.jsonl"):
     return log
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 def test_packed_runs_round_trip(case):
     n_rows, rows = case

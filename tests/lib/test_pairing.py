@@ -58,7 +58,7 @@ def test_equal_totals_with_another_split_do_not_match():
 
 
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_brute_force(seed, n_sources, n_targets, uses):
     stream = rng(seed, "pairing")
     sources, targets = stream.standard_normal((n_sources, 2)), stream.standard_normal((n_targets, 2))

@@ -85,7 +85,7 @@ def test_farthest_first_takes_every_duplicate_once():
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_quotas_are_proportional_and_feasible(sizes, n):
     sizes = np.array(sizes)
     n = min(n, int(sizes.sum()))

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.checked_lines import encode_line
@@ -222,7 +222,7 @@ def test_hostile_texts_are_shown_and_never_markup(hostile):
     assert "characters left out" in texts and len(page) < 400_000
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.text())
 def test_visible_text_keeps_what_can_be_seen_and_nothing_else(text):
     shown = visible(text)
@@ -243,7 +243,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(json_values)
 def test_script_json_reads_back_and_cannot_end_its_element(value):
     text = script_json(value)

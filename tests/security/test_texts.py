@@ -48,7 +48,7 @@ def test_what_is_no_formula_stays_as_it_is(text):
     pd.testing.assert_frame_equal(without_formulas(frame), frame)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(st.lists(st.text(max_size=12) | st.sampled_from(FORMULAS), min_size=1, max_size=5))
 def test_what_stages_exchange_is_not_changed(tmp_path_factory, texts):
     # The tables between stages keep every character: a prompt that begins with = is that prompt.
