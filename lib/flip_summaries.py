@@ -94,8 +94,8 @@ def write_summaries(
 ) -> tuple[list[Path], pd.DataFrame]:
     """Every table, JSON file and figure about the run's rules; also returns the anchored rules, best first.
 
-    `test_selected` and `all_fit` appear only if the run emits them or has such rules. answers, controls, joint: what the run stored,
-    None or empty where it did not.
+    `test_selected` and `all_fit` appear only if the run emits them or has such rules. answers, controls, joint: what
+    the run stored, None or empty where it did not.
     """
     rules = collect_rules(run, options.cut)
     present = {*rules["score_scope"], *options.scopes}
