@@ -55,7 +55,10 @@ class RetryPolicy:
 
 
 class CallCache:
-    """Finished calls on disk, one transaction each: what was answered once is never asked again."""
+    """Finished calls on disk, one transaction each: what was answered once is never asked again.
+
+    SQLite does not notice an altered byte, so each answer has a checksum; one that does not match is asked again.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / CACHE_FILE
@@ -64,20 +67,25 @@ class CallCache:
             self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, request TEXT NOT NULL, "
-                                   "reply TEXT NOT NULL, finished TEXT NOT NULL)")
+                                   "reply TEXT NOT NULL, finished TEXT NOT NULL, checksum TEXT)")
+            if "checksum" not in {row[1] for row in self._database.execute("PRAGMA table_info(calls)")}:
+                self._database.execute("ALTER TABLE calls ADD COLUMN checksum TEXT")
         self._lock = threading.Lock()
 
     def get(self, key: str) -> str | None:
-        """The stored answer."""
+        """The stored answer; None if there is none that is whole."""
         with self._lock, self._errors():
-            row = self._database.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
-        return row[0] if row else None
+            row = self._database.execute("SELECT reply, checksum FROM calls WHERE key = ?", (key,)).fetchone()
+        if row is None or not isinstance(row[0], str) or row[1] != text_digest([key, row[0]]):
+            return None
+        return row[0]
 
     def put(self, key: str, request: str, reply: str) -> None:
         """Store an answer, at once."""
         with self._lock, self._errors():
-            self._database.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, datetime('now'))",
-                                   (key, request, reply))
+            self._database.execute("INSERT OR REPLACE INTO calls (key, request, reply, finished, checksum) "
+                                   "VALUES (?, ?, ?, datetime('now'), ?)",
+                                   (key, request, reply, text_digest([key, reply])))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,3 +41,32 @@ def run_script(name: str, arguments: list[str]) -> int:
         return load_script(name).main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+
+
+@contextmanager
+def only_parsing() -> Iterator[None]:
+    """A command called inside stops when its flags are understood, or has printed its help; others are refused.
+
+    Raises:
+        AssertionError: flags that the command does not know.
+        SystemExit: any other mistake in the flags, told on stderr as always.
+    """
+
+    class Parsed(Exception):
+        """The flags are understood; the command need not run."""
+
+    def parse_and_stop(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
+        _, unknown = parser.parse_known_args(argv)
+        raise Parsed if not unknown else AssertionError(f"unknown to the command: {unknown}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        try:
+            yield
+        except Parsed:
+            return
+        except SystemExit as stop:
+            if stop.code:
+                raise
+            return
+    raise AssertionError("the command has parsed nothing")

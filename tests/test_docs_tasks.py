@@ -11,6 +11,7 @@ import sys
 import pandas as pd
 import pytest
 
+from tests.documented_commands import documented_module
 from tests.models import tiny_model
 from tests.scripts import REPOSITORY, run_script
 
@@ -21,9 +22,8 @@ MODULE = "documented_tasks.weekday_task"
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     """The page's code as the module `documented_tasks.weekday_task`."""
-    found = re.search(r"<!-- example: weekday_task.py -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     (tmp_path / "documented_tasks").mkdir()
-    (tmp_path / "documented_tasks/weekday_task.py").write_text(found[1])
+    (tmp_path / "documented_tasks/weekday_task.py").write_text(documented_module("docs/tasks.md", "weekday_task.py"))
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module(MODULE)
     del sys.modules[MODULE], sys.modules["documented_tasks"]

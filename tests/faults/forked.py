@@ -148,13 +148,14 @@ def command(script: str, arguments: list[str], *, figures: bool) -> Callable[[],
         if not figures:
             from matplotlib.figure import Figure
 
-            Figure.savefig = _save_undrawn
+            Figure.savefig = save_undrawn
         return load_script(script).main([str(argument) for argument in arguments])
 
     return run
 
 
-def _save_undrawn(figure: object, handle: IO[bytes], **options: object) -> None:
+def save_undrawn(figure: object, handle: IO[bytes], **options: object) -> None:
+    """Stands in for `Figure.savefig`."""
     handle.write(b"%PDF-1.4 undrawn" * 64)
 
 

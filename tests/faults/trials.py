@@ -104,7 +104,7 @@ class Bench:
             self.fresh()
             second = self._run_undisturbed()
             self.seconds, self.cpu = second.seconds, second.cpu
-            if problems := differences(results(self.folder / "out"), self.wanted):
+            if problems := self.differences():
                 raise RuntimeError(f"two undisturbed runs of {self.world.name} differ: {problems}")
         shutil.copytree(self.folder, self.finished)
 
@@ -153,6 +153,14 @@ class Bench:
                 problems.append(f"not whole: {name}")
         return problems
 
+    def differences(self) -> list[str]:
+        """In what the outputs differ from the undisturbed run's."""
+        return differences(results(self.folder / "out"), self.wanted)
+
+    def records(self) -> list[Path]:
+        """The run records among the outputs."""
+        return [path for path in (self.folder / "out").rglob("*run_metadata*") if path.is_file()]
+
     def complete(self, trial: Trial, fault: Fault | None = None) -> Trial:
         """Run the command again, undisturbed (but for the clock): it completes, and the result is the undisturbed one.
 
@@ -161,7 +169,7 @@ class Bench:
         again = self.run(fault)
         if again.code != 0:
             trial.problems.append(f"the next run ended with {again.code}: {again.err[-600:]}")
-        trial.problems += differences(results(self.folder / "out"), self.wanted)
+        trial.problems += self.differences()
         if left := n_leftovers(self.folder / "out"):
             trial.problems.append(f"{left} temporary files are left for good")
         return trial
@@ -315,7 +323,7 @@ def run_two(bench: Bench, random: np.random.Generator, *, kill_first: bool) -> T
     if not kill_first:
         if ending.code != 0:
             trial.problems.append(f"the first run ended with {ending.code}: {ending.err[-600:]}")
-        trial.problems += differences(results(bench.folder / "out"), bench.wanted)
+        trial.problems += bench.differences()
     return trial
 
 
@@ -345,7 +353,8 @@ def _times(bench: Bench) -> dict[str, int]:
 def damage(bench: Bench, name: str, random: np.random.Generator, *, cut: bool) -> Trial:
     """A file of a finished run, input, output or cache, is cut off or has one bit flipped; the command runs again.
 
-    It refuses the file in one line, or gives the undisturbed result, or (reports) says which file it did without.
+    It refuses the file in one line, or gives the undisturbed result, or (reports) says which file it did without. A
+    finished run does not read its caches and logs again, which no record declares: a run that has to begin anew does.
     """
     bench.fresh(finished=True)
     path = bench.folder / name
@@ -359,13 +368,23 @@ def damage(bench: Bench, name: str, random: np.random.Generator, *, cut: bool) -
     if bench.world.exports:
         shutil.rmtree(bench.folder / "out/exported", ignore_errors=True)
     ending = bench.run()
+    records = bench.records()
+    is_declared = any(path == record.parent / output for record in records
+                      for output in json.loads(record.read_text()).get("outputs", {}))  # fmt: skip
+    if ending.code == 0 and bench.world.has_record and not is_declared and _only(name, bench.differences()):
+        for record in records:
+            record.unlink()
+        ending = bench.run()
+        trial.outcome = "not read, and "
     if ending.code != 0:
-        trial.outcome = "refused"
+        trial.outcome += "refused"
         bench.told(trial, ending, 2, "")
         return trial
-    different = differences(results(bench.folder / "out"), bench.wanted)
+    different = bench.differences()
     if not different:
-        trial.outcome = "same result"
+        trial.outcome += "same result"
+    elif trial.outcome and _only(name, different):
+        trial.outcome += "read without harm"
     elif path.name in _told_files(bench, ending) or "/model/" in name:
         # Weights are not described by any record: altered ones are another model.
         trial.outcome = "another model" if "/model/" in name else "done without, and said so"
@@ -373,6 +392,11 @@ def damage(bench: Bench, name: str, random: np.random.Generator, *, cut: bool) -
         trial.outcome = "unnoticed"
         trial.problems += different
     return trial
+
+
+def _only(name: str, different: list[str]) -> bool:
+    """True if nothing but the damaged file itself differs."""
+    return different == [f"other content: {name.removeprefix('out/')}"]
 
 
 def _told_files(bench: Bench, ending: Ending) -> str:
