@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.artifacts import exclusive, file_digest
 from lib.cli import DEFAULT_MODEL, Report, UserError
+from lib.gguf_files import check_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_gguf(gguf)
     with _library_errors(f"{gguf} is not a GGUF model that transformers can read"), _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_FOREIGN_CODE)
         model = AutoModelForCausalLM.from_pretrained(
