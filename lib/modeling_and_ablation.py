@@ -393,6 +393,8 @@ def load_language_model(
     place: str | Path = source.folder or source.name
     if source.gguf is not None:
         place = converted_folder(source.gguf, Path(cache_dir) if cache_dir else None)
+    if isinstance(place, Path):
+        _check_settings(place)
     options: dict[str, Any] = dict(NO_FOREIGN_CODE)
     if not (source.gguf or source.folder):
         options |= {"revision": source.revision or "main", "cache_dir": cache_dir}
@@ -407,6 +409,19 @@ def load_language_model(
             place, dtype=getattr(torch, dtype), attn_implementation=_attention(place, options), **options
         )
     return LanguageModel(model.to(target_device), tokenizer, ai_model, source.revision)
+
+
+def _check_settings(folder: Path) -> None:
+    """transformers does without a generation_config.json that it cannot read; answers would then end elsewhere.
+
+    Raises:
+        UserError: a file of settings in the model's folder is damaged.
+    """
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot load the model: {path} cannot be read ({error}); download it again") from None
 
 
 def _attention(place: str | Path, options: dict[str, Any]) -> str:

@@ -385,9 +385,11 @@ def damage(bench: Bench, name: str, random: np.random.Generator, *, cut: bool) -
         trial.outcome += "same result"
     elif trial.outcome and _only(name, different):
         trial.outcome += "read without harm"
-    elif path.name in _told_files(bench, ending) or "/model/" in name:
-        # Weights are not described by any record: altered ones are another model.
-        trial.outcome = "another model" if "/model/" in name else "done without, and said so"
+    elif "/model/" in name and not cut:
+        # Weights are not described by any record: altered ones are another model. Half of a file is none.
+        trial.outcome = "another model"
+    elif path.name in _told_files(bench, ending):
+        trial.outcome = "done without, and said so"
     else:
         trial.outcome = "unnoticed"
         trial.problems += different

@@ -23,6 +23,17 @@ def test_saved_model_loads_from_its_folder(family, tmp_path):
     assert str(tmp_path.parent) not in str(model_identity(str(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_settings_of_a_model_that_are_cut_off_are_not_done_without(name, tmp_path):
+    # Without its generation_config.json a model still loads, and stops at other tokens.
+    lm = tiny_model("llama", seed=1)
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text((tmp_path / name).read_text()[:-3])
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        load_language_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batching_does_not_change_answers(family):
     lm = tiny_model(family, seed=2)
