@@ -52,12 +52,16 @@ class Report:
     @contextmanager
     def counter(
         self, *, total: int | None = None, unit: str = "it", desc: str | None = None
-    ) -> Iterator[Callable[[int], object]]:
+    ) -> Iterator[Callable[[int], None]]:
         """A progress bar that grows by what its caller reports, for work that is done in pieces of any size."""
         from tqdm import tqdm
 
         with tqdm(total=total, unit=unit, desc=desc, disable=self.quiet, mininterval=0.5, dynamic_ncols=True) as bar:
-            yield bar.update
+
+            def advance(n: int) -> None:
+                bar.update(n)
+
+            yield advance
 
 
 def progress(

@@ -21,7 +21,9 @@ UNKNOWN = -1
 class Engine(Protocol):
     """What is needed of `lib.ablation_engine.AblationEngine`."""
 
-    baseline_answers: Sequence[str]
+    @property
+    def baseline_answers(self) -> Sequence[str]:
+        """Answers without an ablation, [datapoint]."""
 
     def prepare(self, groups: Sequence[Sequence[Neuron]]) -> None:
         """Get ready for all these groups at once."""
@@ -30,7 +32,7 @@ class Engine(Protocol):
         self,
         groups: Sequence[Sequence[Neuron]],
         datapoints: Sequence[int],
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Any:
         """`.changed` bool [group, datapoint] and `.texts`, a dict from (group, datapoint) to the changed answer.
 
@@ -78,7 +80,7 @@ def measure_answers(
     log: AnswerLog,
     *,
     chunk: int = 64,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> int:
     """Ablate each group on all datapoints of the log, skipping those it has; returns how many were measured.
 

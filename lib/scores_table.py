@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,14 @@ _MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "None", "<NA>"]
 def sanitize_label(label: str) -> str:
     """Column name of a feature label: runs of other characters become one underscore, lower case."""
     return re.sub("[^0-9a-zA-Z]+", "_", label).strip("_").lower()
+
+
+class TableLayout(NamedTuple):
+    """Which columns of a feature table hold what, named as in a task: for a table whose task is not at hand."""
+
+    DEFAULT_INPUT: str
+    DEFAULT_OUTPUT: str
+    DEFAULT_TARGETS: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ class ScoresTable:
         return self.frame.iloc[rows].to_dict("records")
 
 
-def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec) -> ScoresTable:
-    """Read `<dir>/scores.csv` and `<dir>/features.json` for a task.
+def load_scores(features_scores_dir: str | Path, task: FeatureTaskSpec | TableLayout) -> ScoresTable:
+    """Read `<dir>/scores.csv` and `<dir>/features.json` for a task, or as a layout says.
 
     Raises:
         UserError: a file is missing or unreadable, a needed column is absent, or a target is not a yes/no column.
@@ -133,7 +141,7 @@ def _read_frame(path: Path, text_columns: tuple[str, ...]) -> pd.DataFrame:
     return read_csv(path, "feature table (stage 2)", dtype=types, keep_default_na=False, na_values=missing)
 
 
-def _feature_columns(path: Path, frame: pd.DataFrame, task: FeatureTaskSpec) -> list[str]:
+def _feature_columns(path: Path, frame: pd.DataFrame, task: FeatureTaskSpec | TableLayout) -> list[str]:
     """Columns that hold features, in catalogue order; older catalogues name them by label only."""
     catalogue = read_json(path, "feature catalogue (stage 2)")
     if not isinstance(catalogue, list) or not all(isinstance(item, dict) and "label" in item for item in catalogue):

@@ -75,6 +75,10 @@ class Reading(Generic[Value]):
         """Whether there is a value: something, or legitimately nothing."""
         return self.status in (Status.OK, Status.EMPTY)
 
+    def without_value(self) -> Reading[Any]:
+        """The same status and reason, for what would have been made of the value."""
+        return Reading(self.status, reason=self.reason, path=self.path)
+
 
 def read_json(path: Path) -> Reading[Any]:
     """A JSON file; bare NaN and Infinity tokens become None. `{}` and `[]` are EMPTY."""

@@ -118,7 +118,8 @@ def delta_statistics(joined: pd.DataFrame, seed: int) -> tuple[dict[str, Any], d
 
     The second has no correlations: between sets that hardly overlap they would be made by the zeros.
     """
-    paired, union = {}, {}
+    paired: dict[str, Any] = {}
+    union: dict[str, Any] = {}
     for metric in METRICS:
         name = f"{metric}_rate"
         if f"delta_{name}" not in joined:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +204,9 @@ def draw_all(
         if len(pairs) < 2:
             continue
         written += _draw(
-            out_dir, f"scatter_{name}", pairs, lambda axes, pairs=pairs, name=name: _scatter(axes, pairs, name, labels)
+            out_dir, f"scatter_{name}", pairs, partial(_scatter, pairs=pairs, name=name, labels=labels)
         )
-        written += _draw(
-            out_dir, f"delta_hist_{name}", pairs, lambda axes, pairs=pairs, name=name: _histogram(axes, pairs, name)
-        )
+        written += _draw(out_dir, f"delta_hist_{name}", pairs, partial(_histogram, pairs=pairs, name=name))
     if len(top) and "delta_flip_any_rate" in top:
         written += _draw(out_dir, "top_delta_flip_any_rate", top, lambda axes: _top(axes, top))
     rates = _global_rates(sides)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def agonists(run: RunFolder, regime: str) -> Reading[list[Agonist]]:
     """The non-catastrophic bucket of a regime; EMPTY if stage 6 finished and found none."""
     reading = _read(run, regime, "neuron_buckets.json", dict)
     if not reading.is_usable:
-        return replace(reading, value=None)
+        return reading.without_value()
     bucket = (reading.value or {}).get("non_catastrophic_agonists", {})
     if not isinstance(bucket, dict) or not all(block_of(entry, "last_record") for entry in bucket.values()):
         reason = "an agonist has no record; run stage 6 again"
@@ -185,7 +185,7 @@ def knockout(run: RunFolder, regime: str, *, skipped: bool = False) -> Reading[l
     """
     reading = _read(run, regime, "rule_knockout.json", list)
     if not reading.is_usable:
-        return replace(reading, value=None)
+        return reading.without_value()
     entries = [
         entry
         for entry in reading.value or []
@@ -267,7 +267,7 @@ def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
     """Cost of every searched circuit of a regime."""
     reading = knockout(run, regime)
     if not reading.is_usable:
-        return replace(reading, value=None)
+        return reading.without_value()
     costs = []
     for entry in reading.value or []:
         n_groups = _count(entry.get("n_ablation_groups"))
@@ -360,7 +360,7 @@ def effects_by_circuit(run: RunFolder, regime: str) -> Reading[dict[int, dict[st
     """
     reading = knockout(run, regime)
     if not reading.is_usable:
-        return replace(reading, value=None)
+        return reading.without_value()
     effects: dict[int, dict[str, float]] = {}
     for entry in reading.value or []:
         detail = circuit_detail(run, regime, entry)

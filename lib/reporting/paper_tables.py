@@ -75,7 +75,8 @@ class PaperContext:
             )
         chosen = named or roots
         if not chosen:
-            return ModelRoot(task, *DEFAULT_MODEL.split("/"), Path(task) / "none")
+            organisation, name = DEFAULT_MODEL.split("/")
+            return ModelRoot(task, organisation, name, Path(task) / "none")
         return chosen[0]
 
     def write(self, table: Table) -> None:

@@ -206,8 +206,8 @@ def table_3(context: PaperContext) -> int:
         roots = [context.root_for(args.table3_task, args.table3_model, "--table3_model")]
     records = []
     for root in roots:
-        runs = [context.run_of(root, mode) for mode in (RunMode.BRUTE_FORCE, RunMode.SPECTRAL_PLAN)]
-        for run in runs:
+        brute, main = (context.run_of(root, mode) for mode in (RunMode.BRUTE_FORCE, RunMode.SPECTRAL_PLAN))
+        for run in (brute, main):
             if not run.exists:
                 context.session.issues.add(
                     Issue(
@@ -219,8 +219,8 @@ def table_3(context: PaperContext) -> int:
                         "no brute force to compare with, or no main run",
                     )
                 )
-        if all(run.exists for run in runs):
-            found = [recall_of(context, *runs, regime, bins[0][0]) for regime in REGIMES]
+        if brute.exists and main.exists:
+            found = [recall_of(context, brute, main, regime, bins[0][0]) for regime in REGIMES]
             records += [record for record in found if record is not None]
     frame = pd.DataFrame(_rows_3(records, bins), columns=list(_row_3(("", "", ""), [], bins)))
     for name in ("BF ablations", "N"):

@@ -79,7 +79,8 @@ class AgonistDiagnosis:
         """The kept agonists on the rule's search datapoints."""
         slices, circuit = findings.rule.slices, findings.rule.circuit
         datapoints = np.concatenate([use.search for use in slices])
-        kept, values = np.zeros(0, dtype=int), []
+        kept = np.zeros(0, dtype=int)
+        values: list[LayerValues] = []
         neurons = [circuit.neurons[agonist.candidate] for agonist in findings.kept]
         if neurons and self.kinds:
             kept, values = self.measure(findings.rule.oracle.answers, datapoints, neurons)

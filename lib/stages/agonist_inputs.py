@@ -156,10 +156,9 @@ def _candidates(
     heads = {label: parse_label(label)[1] for label in units}
     labels = [label for label, head in heads.items() if not (args.mlp_neurons_only and head is not None)]
     if args.last_k_layers is not None:
-        kept = sorted({parse_label(label)[0] for label in labels if parse_label(label)[1] is None})[
-            -args.last_k_layers :
-        ]
-        labels = [label for label in labels if parse_label(label)[1] is not None or parse_label(label)[0] in kept]
+        mlp_layers = sorted({parse_label(label)[0] for label in labels if parse_label(label)[1] is None})
+        last = mlp_layers[-args.last_k_layers :]
+        labels = [label for label in labels if parse_label(label)[1] is not None or parse_label(label)[0] in last]
     neurons = [Neuron(label, index) for label in labels for index in sorted({int(index) for index in units[label]})]
     keys = [(neuron.layer_label, neuron.index) for neuron in neurons]
     scores = np.array([score_of.get(key, 0.0) for key in keys])

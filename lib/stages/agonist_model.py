@@ -23,6 +23,8 @@ from lib.stages.agonist_prepare import Inputs, MakeAnswers, reference_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lib.stages.agonist_oracle import FlipAnswers
+
 
 class AgonistModel:
     """Makes the flip oracles that the flags ask for."""
@@ -62,7 +64,7 @@ class AgonistModel:
         return lambda rows: self._oracle(regime, rows)
 
     def measure(
-        self, answers: FlipOracle, datapoints: np.ndarray, neurons: Sequence[Neuron]
+        self, answers: FlipAnswers, datapoints: np.ndarray, neurons: Sequence[Neuron]
     ) -> tuple[np.ndarray, list[LayerValues]]:
         """What neurons and their layers do where an ablation begins: (positions in `datapoints`, values per neuron).
 

@@ -11,7 +11,7 @@ from lib.group_test_log import CHANGED, FLIPPED, UNCHANGED, UNKNOWN, GroupTestLo
 from lib.neurons import Neuron
 
 if TYPE_CHECKING:
-    from lib.ablation_engine import AblatedAnswers
+    from lib.ablation_engine import AblatedAnswers, AblationEngine
 
 _EVALUATIONS_PER_CALL = 4096
 
@@ -19,6 +19,8 @@ _EVALUATIONS_PER_CALL = 4096
 class FlipAnswers(Protocol):
     """What is needed of `lib.flip_oracle.FlipOracle`."""
 
+    engine: AblationEngine
+    """Asked by the diagnostics only."""
     baseline_labels: np.ndarray
 
     def flips_and_answers(

@@ -185,8 +185,19 @@ class RulePreparer:
             positions = np.concatenate([start + place for start, place in zip(starts, places, strict=True)])
             generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
             noise = noise_rates(oracle, circuit.strengths, positions, generator)
-        limits = {"max_noise": args.max_noise, "n_confirm": args.n_confirm}
-        limits["n_needed"] = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
+        n_needed = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
         parts = zip(starts, agrees, places, np.split(noise, [len(places[0])]), self._wanted, strict=True)
-        first, second = (assign_slice(*part, n_search=n, **limits) for *part, n in parts)
+        first, second = (
+            assign_slice(
+                start,
+                good,
+                pool,
+                own_noise,
+                max_noise=args.max_noise,
+                n_search=n,
+                n_confirm=args.n_confirm,
+                n_needed=n_needed,
+            )
+            for start, good, pool, own_noise, n in parts
+        )
         return first, second

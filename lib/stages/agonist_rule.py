@@ -92,9 +92,10 @@ class RuleSearch:
     def __init__(self, rule: PreparedRule, options: RuleOptions) -> None:
         self.rule, self.options = rule, options
         self.circuit, self.oracle = rule.circuit, rule.oracle
-        ease = tuple(use.noise + _LEAST_EASE for use in rule.slices)
-        self.search_slices = Slices(rule.slices[0].search, rule.slices[1].search, ease)
-        self.confirm_slices = Slices(rule.slices[0].confirm, rule.slices[1].confirm)
+        associated, unrelated = rule.slices
+        ease = (associated.noise + _LEAST_EASE, unrelated.noise + _LEAST_EASE)
+        self.search_slices = Slices(associated.search, unrelated.search, ease)
+        self.confirm_slices = Slices(associated.confirm, unrelated.confirm)
 
     def run(self) -> RuleFindings:
         """Search (or sweep), audit, confirm."""
@@ -141,9 +142,9 @@ class RuleSearch:
         for test in tests:
             if test.record.verdict is not Verdict.SINGLE:
                 continue
-            flips = tuple(int(side.sum()) for side in test.flips)
-            seen = tuple(len(side) for side in test.flips)
-            bound = float(upper_flip_rate(flips, seen, settings.alpha_slice).max())
+            associated, unrelated = test.flips
+            flips, seen = (int(associated.sum()), int(unrelated.sum())), (len(associated), len(unrelated))
+            bound = float(upper_flip_rate(np.array(flips), np.array(seen), settings.alpha_slice).max())
             if bound < settings.epsilon:
                 continue
             calm = sum(seen) - sum(flips)

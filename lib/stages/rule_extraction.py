@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -310,6 +311,7 @@ class TargetExtraction:
 
     def _compare(self, model: RuleSHAP, train: LabelledRows, test: LabelledRows | None) -> pd.DataFrame:
         """RuleSHAP and the baselines on the same split, one row per learner and scope."""
+        fitted: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, int]]
         fitted = {"ruleshap": (model.fires, model.rule_.n_literals, model.rule_.n_conditions)}
         for baseline in self.run_of.report.progress(
             self.args.baselines, unit="baseline", desc=f"others on {self.target}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -224,7 +225,7 @@ def _range_features() -> list[Feature]:
                                     guard) for low, high in bins]
     for label, name, value in (("op1", "a", _A), ("op2", "b", _B)):
         features += [_range_feature(f"{label} in [{low},{high}]", f"1 if operand {label[-1]}", f"{label}_{low}_{high}",
-                                    value, low, high, lambda c, name=name: c[name]) for low, high in bins]
+                                    value, low, high, itemgetter(name)) for low, high in bins]
     guard = f"    if {_OP} != '/' or {_B} == 0:\n        return None\n"
     features += [_range_feature(f"Division: q_int in [{low},{low + QUOTIENT_EDGES.step}]", "1 if a/b rounded down",
                                 f"quotient_{low}_{low + QUOTIENT_EDGES.step}", f"math.floor({_A} / {_B})", low,

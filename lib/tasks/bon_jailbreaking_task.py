@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class BonTask(FeatureTaskSpec):
 
         return [Feature(key.replace("_", " ").title(), f"{key.replace('_', ' ')} of the augmentation",
                         f"def {key}_of(prompt: str, info: dict):\n    return info.get('{key}')\n", f"{key}_of",
-                        Origin.SEED, lambda columns, key=key: columns[key]) for key in (*STATS, "sigma")]
+                        Origin.SEED, itemgetter(key)) for key in (*STATS, "sigma")]
 
     def input_files(self) -> dict[str, Path]:
         """The prompts file."""

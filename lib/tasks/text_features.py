@@ -115,7 +115,7 @@ def column_features(name: str, values: Sequence[str]) -> list[Feature]:
     if len(counts) > MAX_CATEGORIES:
         return []
     return [_column_feature(name, f"{name}: {value}", f"1 if column {name} is {value}",
-                            f"1.0 if {cell} == {value!r} else 0.0", lambda found, value=value: float(found == value))
+                            f"1.0 if {cell} == {value!r} else 0.0", _is(value))
             for value in frequent]
 
 
@@ -123,6 +123,10 @@ def _column_feature(name: str, label: str, description: str, expression: str,
                     function: Callable[[str], float | None]) -> Feature:
     source = f"def column_value(prompt: str, info: dict):\n    return {expression}\n"
     return Feature(label, description, source, "column_value", Origin.SEED, per_row(function, f"{INPUT_PREFIX}{name}"))
+
+
+def _is(value: str) -> Callable[[str], float]:
+    return lambda found: float(found == value)
 
 
 def _number(value: str) -> float | None:

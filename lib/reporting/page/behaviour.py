@@ -141,9 +141,9 @@ def _settings(inputs: PageInputs) -> Iterator[tuple[str, str]]:
     for name, value in inputs.task_settings.items():
         if isinstance(value, str | int | float | bool) and not any(part in name.lower() for part in _NEVER_SHOWN):
             yield visible(name.replace("_", " "), 60), visible(value, 120)
-    name = inputs.run.name if inputs.run else None
-    if name is not None:
-        choices = name.choices
+    run_name = inputs.run.name if inputs.run else None
+    if run_name is not None:
+        choices = run_name.choices
         yield "candidates kept per circuit, at most", f"{choices.circuit_size:,}"
         yield "smallest flip rate worth finding", visible(choices.min_flip_rate, 20)
         yield "ablation at", "answer-producing positions only" if choices.decode_only else "all positions"

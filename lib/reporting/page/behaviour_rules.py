@@ -64,7 +64,7 @@ def rules_section(inputs: PageInputs) -> RulesSection:
     return RulesSection(
         _chosen_grid(chosen) if chosen else None,
         _literal_grid(literals[:_MAX_LITERALS]) if literals else None,
-        next((str(row[2]) for row in chosen if row[1].startswith("TEST")), ""),
+        next((str(row[2]) for row in chosen if str(row[1]).startswith("TEST")), ""),
         max(0, len(literals) - _MAX_LITERALS),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.cli import UserError
 from lib.reporting.artifacts import REGIMES, ModelRoot, Reading, RunFolder, Status, expect, read_json, read_table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lib.flip_answer_log import AnswerLog
     from lib.flip_table import FlipTable
     from lib.neurons import Neuron
-    from lib.scores_table import ScoresTable
+    from lib.scores_table import ScoresTable, TableLayout
     from lib.task_spec import FeatureTaskSpec
 
 Value = TypeVar("Value")
@@ -46,14 +46,6 @@ def is_possible(neuron: Neuron) -> bool:
         return neuron.layer < _MAX_LAYERS and neuron.index < _MAX_WIDTH
     except (UserError, ValueError):
         return False
-
-
-class TableLayout(NamedTuple):
-    """Which columns of a feature table hold what, as far as it has them; asked like a task."""
-
-    DEFAULT_INPUT: str
-    DEFAULT_OUTPUT: str
-    DEFAULT_TARGETS: tuple[str, ...]
 
 
 @dataclass
@@ -142,6 +134,8 @@ class PageInputs:
     @cached_property
     def layout(self) -> TableLayout | None:
         """Columns of the feature table: those of the task that are there, else the usual ones."""
+        from lib.scores_table import TableLayout
+
         header = read_table(self.features_dir / "scores.csv", nrows=0, index_col=False)
         if header.value is None:
             return None

@@ -119,16 +119,15 @@ def search_tree(detail: Mapping[str, Any], regime_agonists: set[str]) -> SearchT
 
 
 def _node(record: Mapping[str, Any], groups: dict[str, list[Any]]) -> Node:
+    def counted(side: str) -> tuple[int, int]:
+        return _count(record.get(f"k_effect_{side}")), _count(record.get(f"n_{side}_eval"))
+
     size, depth = record.get("group_size"), record.get("depth")
     return Node(
         groups,
         size if isinstance(size, int) and size > 0 else sum(map(len, groups.values())),
         depth if isinstance(depth, int) and not isinstance(depth, bool) else 0,
-        tuple(
-            _count(record.get(f"{kind}_{side}{end}"))
-            for side in (_ASSOCIATED, _UNRELATED)
-            for kind, end in (("k_effect", ""), ("n", "_eval"))
-        ),
+        (*counted(_ASSOCIATED), *counted(_UNRELATED)),
         record.get("split") is True,
     )
 

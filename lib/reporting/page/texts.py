@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Real
+from typing import TypeGuard
 
 MAX_TEXT = 600
 _KEPT_CONTROLS = "\n\t"
@@ -68,7 +69,7 @@ def shared_prefix(texts: Sequence[str]) -> str:
 # ---------------------------------------------------------------- numbers
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether there is a finite number to show."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
