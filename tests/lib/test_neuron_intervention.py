@@ -86,7 +86,7 @@ def test_the_engine_hears_of_all_groups_before_the_first_and_says_how_far_it_is(
     told = []
     measure_answers(engine, [(neuron,) for neuron in N], _log(tmp_path, engine), chunk=2, progress=told.append)
     assert [sorted(group_key(group) for group in call) for call in engine.prepared] == [["a2.h1:7", "m1:3", "m2:5"]]
-    assert told == [2 * 50, 50]
+    assert told == [50, 2 * 50]
 
 
 def test_a_prepared_engine_measures_no_replacement_again(tmp_path, monkeypatch):
