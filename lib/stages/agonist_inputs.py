@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.artifacts import expecting, path_piece, read_json
+from lib.artifacts import expecting, file_digest, path_piece, read_json
 from lib.cli import UserError
 from lib.neurons import Neuron, parse_label
 from lib.scores_table import BASELINE_SUBSETS
@@ -205,6 +205,17 @@ class SamplingPlan:
     baseline_subset: str
     dataset_size: int
     rules: dict[tuple[str, int], dict[str, Any]]
+    scores_sha256: object = None
+    """Digest of the feature table that it was made from; published plans hold none."""
+
+    def check_table(self, scores_path: Path) -> None:
+        """Refuse a plan of another feature table.
+
+        Raises:
+            UserError: the table's content is not what the plan was made from.
+        """
+        if self.scores_sha256 is not None and self.scores_sha256 != file_digest(scores_path):
+            raise UserError(f"{self.path} was made from other contents of {scores_path}; run stage 4 again")
 
     def entry(self, circuit: Circuit) -> dict[str, Any] | None:
         """The plan's entry for a rule."""
@@ -222,7 +233,8 @@ def read_plan(path: Path) -> SamplingPlan:
         if plan["baseline_subset"] not in BASELINE_SUBSETS:
             raise ValueError(f"unknown baseline_subset {plan['baseline_subset']!r}")
         rules = {(str(rule["rule_target"]), int(rule["rule_id"])): rule for rule in plan["rules"]}
-        return SamplingPlan(path, plan["baseline_subset"], int(plan["dataset_size"]), rules)
+        digest = plan.get("scores_sha256")
+        return SamplingPlan(path, plan["baseline_subset"], int(plan["dataset_size"]), rules, digest)
 
 
 def regimes_to_run(args: Namespace, plan: SamplingPlan | None) -> Iterator[tuple[str, Path]]:

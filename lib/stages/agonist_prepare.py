@@ -72,9 +72,10 @@ def read_inputs(args: Namespace) -> Inputs:
         plan = read_plan(files["plan"])
     elif args.sampling_plan_path:
         raise UserError("--sampling_plan_path is used with --sampling_strategy plan only; give both or neither")
-    return Inputs(
-        args, info, load_scores(info.scores_path.parent, task), task, read_circuits(manifest, args), plan, files
-    )
+    table = load_scores(info.scores_path.parent, task)
+    if plan is not None:
+        plan.check_table(table.path)
+    return Inputs(args, info, table, task, read_circuits(manifest, args), plan, files)
 
 
 @dataclass(frozen=True)

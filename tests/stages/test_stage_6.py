@@ -10,7 +10,7 @@ import pytest
 
 import lib.modeling_and_ablation
 import lib.stages.agonist_model
-from lib.artifacts import write_json
+from lib.artifacts import file_digest, write_json
 from lib.stages.agonist_inputs import read_circuits
 from tests.scripts import run_script
 from tests.stages.agonist_world import (
@@ -412,6 +412,18 @@ def test_a_plan_of_the_other_regime_is_refused(world, capsys):
     plan = ("--sampling_strategy", "plan", "--sampling_plan_path", str(world / "plan_positive.json"))
     assert run(world, "--baseline_subset", "negative", *plan) == 2
     assert "--baseline_subset positive" in capsys.readouterr().err
+
+
+def test_a_plan_of_another_feature_table_is_refused(world, capsys):
+    # Its indices would name other datapoints. A plan without the digest, as published ones are, is taken as it is.
+    path = world / "plan_positive.json"
+    plan = json.loads(path.read_text())
+    flags = (*POSITIVE, "--sampling_strategy", "plan", "--sampling_plan_path", str(path), "--dry_run")
+    for digest, code in ((file_digest(world / "features" / "scores.csv"), 0), ("0" * 64, 2)):
+        write_json(path, plan | {"scores_sha256": digest})
+        assert run(world, *flags) == code
+    error = capsys.readouterr().err.strip()
+    assert "made from other contents of" in error and len(error.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- noisy datapoints
