@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
 
 from lib.cli import UserError, require_dir, rng
+from lib.correlation import correlate
 from lib.reporting.artifacts import ModelRoot, RunFolder, find_model_roots
 from lib.reporting.rules import optional_int
 from lib.reporting.scopes import Scope
@@ -157,13 +157,10 @@ def _deltas(pairs: pd.DataFrame, seed: int, label: str) -> dict[str, Any]:
 
 
 def _correlations(pairs: pd.DataFrame) -> dict[str, float]:
-    left, right = (pairs.iloc[:, number].to_numpy(dtype=float) for number in (0, 1))
-    if len(left) < 3 or len(np.unique(left)) < 2 or len(np.unique(right)) < 2:
+    found = correlate(pairs.iloc[:, 0], pairs.iloc[:, 1])
+    if found is None:
         return {"pearson": math.nan, "spearman": math.nan}
-    return {
-        "pearson": float(scipy_stats.pearsonr(left, right).statistic),
-        "spearman": float(scipy_stats.spearmanr(left, right).statistic),
-    }
+    return {"pearson": found.pearson, "spearman": found.spearman}
 
 
 # ---------------------------------------------------------------- whole runs
