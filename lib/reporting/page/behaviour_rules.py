@@ -14,9 +14,9 @@ from lib.reporting.page.grids import (
     Grid,
     Kind,
     count_cell,
-    interval_cell,
     number_cell,
-    percent_cell,
+    score_cell,
+    share_cell,
     small_cell,
 )
 from lib.reporting.page.inputs import PageInputs
@@ -106,20 +106,18 @@ def _chosen_rows(inputs: PageInputs, target: str, columns: Mapping[str, Any]) ->
         # Without held-out prompts stage 3 writes TRAIN's scores under the name of TEST, and says so.
         if scope == "TEST" and str(row.get("score_scope", "test")).startswith("train"):
             continue
-        score = {name: to_float(value) for name, value in row.items()}
         empty = str(row.get("expression", "FALSE")) in ("", "FALSE")
-        precision = "P(target=1|fire)"
         rows.append(
             [
                 visible(target, 60),
                 f"{scope}: {_SCOPE_NOTE[scope]}",
                 "no rule better than chance" if empty else shown_rule(row["expression"], columns),
-                interval_cell(score.get("MCC"), score.get("MCC_low95"), score.get("MCC_high95")),
-                interval_cell(score.get(precision), score.get(f"{precision}_low95"), score.get(f"{precision}_high95")),
-                percent_cell(score.get("TPR")),
-                percent_cell(score.get("dataset_coverage")),
-                number_cell(score.get("Lift(target=1|fire)")),
-                count_cell(score.get("n_eval")),
+                score_cell(row, "MCC"),
+                score_cell(row, "P(target=1|fire)"),
+                share_cell(row, "TPR"),
+                share_cell(row, "dataset_coverage"),
+                number_cell(to_float(row.get("Lift(target=1|fire)"))),
+                count_cell(to_float(row.get("n_eval"))),
             ]
         )
     return rows
@@ -153,7 +151,7 @@ def _literal_rows(inputs: PageInputs, target: str, columns: Mapping[str, Any]) -
                 visible(target, 60),
                 "yes" if text in selected else "no",
                 shown_rule(text, columns),
-                percent_cell(to_float(row.get("dataset_coverage"))),
+                share_cell(row, "dataset_coverage"),
                 *(number_cell(to_float(row.get(name))) for _, name, _ in _LITERAL_NUMBERS),
                 small_cell(to_float(row.get("q_value"))),
                 count_cell(to_float(row.get("tp"))),

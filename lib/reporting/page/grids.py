@@ -6,12 +6,12 @@ that does not exist has the value None and is sorted last, whichever way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from lib.reporting.page.texts import count, decimal, is_number, percent, significant, visible
+from lib.reporting.page.texts import count, decimal, is_number, percent, significant, to_float, visible
 
 Cell = str | list[Any]
 
@@ -112,6 +112,16 @@ def interval_cell(value: object, low: object, high: object) -> Cell:
     if not is_number(low) or not is_number(high):
         return [decimal(value), _value(value)]
     return [f"{decimal(value)} [{decimal(low)}, {decimal(high)}]", *map(_value, (value, low, high))]
+
+
+def score_cell(row: Mapping[str, object], name: str) -> Cell:
+    """A metric of a rule with its interval, from the columns that rule files have for it."""
+    return interval_cell(*(to_float(row.get(key)) for key in (name, f"{name}_low95", f"{name}_high95")))
+
+
+def share_cell(row: Mapping[str, object], name: str) -> Cell:
+    """A share in [0, 1] from a rule's row."""
+    return percent_cell(to_float(row.get(name)))
 
 
 def rate_cell(hits: int, n: int, low: float, high: float) -> Cell:

@@ -16,8 +16,9 @@ from lib.reporting.page.grids import (
     interval_cell,
     model_cell,
     number_cell,
-    percent_cell,
     rate_cell,
+    score_cell,
+    share_cell,
     small_cell,
 )
 from lib.reporting.page.neurons import VERBS, Flip, NeuronFacts, Neurons, Rate, union_rate
@@ -194,18 +195,17 @@ def _anchored_row(neurons: Neurons, facts: NeuronFacts) -> list[Cell]:
     if row is None:
         missing: Cell = ["NA", None]
         return [str(facts.neuron), "", NO_RULE, missing, all_fit, *[missing] * 5, "no"]
-    score = {name: to_float(value) for name, value in row.items()}
     return [
         str(facts.neuron),
         VERBS[neurons.target_of(row, facts.neuron)],
         neurons.shown(row),
-        interval_cell(score.get("MCC"), score.get("MCC_low95"), score.get("MCC_high95")),
+        score_cell(row, "MCC"),
         all_fit,
-        interval_cell(score.get("Precision"), score.get("Precision_low95"), score.get("Precision_high95")),
-        percent_cell(score.get("TPR")),
-        percent_cell(score.get("dataset_coverage", math.nan)),
-        number_cell(score.get("MCC_gain")),
-        small_cell(score.get("q_value")),
+        score_cell(row, "Precision"),
+        share_cell(row, "TPR"),
+        share_cell(row, "dataset_coverage"),
+        number_cell(to_float(row.get("MCC_gain"))),
+        small_cell(to_float(row.get("q_value"))),
         "yes" if _is_true(row.get("badge")) else "no",
     ]
 
@@ -226,10 +226,8 @@ def _details(neurons: Neurons, facts: list[NeuronFacts]) -> dict[str, Any]:
                     "TEST" if scope is Scope.TEST else "ALL-FIT",
                     VERBS[target],
                     neurons.shown(row),
-                    interval_cell(*(to_float(row.get(name)) for name in ("MCC", "MCC_low95", "MCC_high95"))),
-                    percent_cell(to_float(row.get("Precision"))),
-                    percent_cell(to_float(row.get("TPR"))),
-                    percent_cell(to_float(row.get("dataset_coverage"))),
+                    score_cell(row, "MCC"),
+                    *(share_cell(row, name) for name in ("Precision", "TPR", "dataset_coverage")),
                     "yes" if speaks else "no",
                 ]
                 for scope, target, row, speaks in neurons.rules_of(item)
@@ -270,7 +268,6 @@ def _before(neurons: Neurons, row: int) -> str | None:
 
 def _card(neurons: Neurons, facts: NeuronFacts) -> NeuronCard:
     row = neurons.best[Scope.TEST][facts.neuron.key]
-    score = interval_cell(*(to_float(row.get(name)) for name in ("MCC", "MCC_low95", "MCC_high95")))
     flipped = neurons.flipped(facts, _N_CARD_PROMPTS)
     columns = [
         Column("prompt", Kind.MODEL),
@@ -284,7 +281,7 @@ def _card(neurons: Neurons, facts: NeuronFacts) -> NeuronCard:
         name,
         VERBS[neurons.target_of(row, facts.neuron)],
         neurons.shown(row),
-        str(score[0]),
+        str(score_cell(row, "MCC")[0]),
         rate_cell(*facts.flips)[0],
         Grid(f"card-{facts.neuron.key}", f"Some of the {flipped.n_all:,} prompts that {name} flips", columns,
              [_flip_row(neurons, flip) for flip in flipped.first], noun="prompt"),
