@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-_COLOURS = {"associated": "#b2432f", "unrelated": "#9a9a9a"}
+SIDE_COLOURS = {"associated": "#b2432f", "unrelated": "#9a9a9a"}
 _QUANTITY = {
     "activation": ("mean_layer_percentile_rank", "mean percentile of the activation in its layer"),
     "margin": ("mean_predicted_margin_drop", "predicted drop of the answer's margin"),
@@ -26,7 +26,7 @@ def draw(kind: str, summary: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     metrics = list(dict.fromkeys(data["metric"]))
     figure = Figure(figsize=(2.6 + 2.6 * len(metrics), 1.2 + 0.22 * len(units)), layout="constrained")
     for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics), sharey=True)), metrics, strict=True):
-        for side, colour in _COLOURS.items():
+        for side, colour in SIDE_COLOURS.items():
             own = data[(data["metric"] == metric) & (data["split"] == side)]
             places = [units.index(unit) for unit in own["unit_key"]]
             axes.scatter(own[value], places, s=22, color=colour, label=side, zorder=3)

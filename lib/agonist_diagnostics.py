@@ -19,6 +19,8 @@ from lib.correlation import correlate
 from lib.neurons import Neuron
 
 SIDES = ("associated", "unrelated")
+DIFFERENCE = "associated_minus_unrelated"
+"""Scope of a correlation of differences; the other scopes are the sides."""
 SALIENCY_FORMULAS = {
     "wanda": "|activation| x outgoing norm; a write goes out as it is, so the norm is 1",
     "gradient": "|gradient of the margin by the activation|",
@@ -33,6 +35,16 @@ SALIENCY_ALIASES = {
     "actgrad": "activation_x_gradient",
     "act_grad": "activation_x_gradient",
 }
+RANK_FEATURES = (
+    "mean_layer_percentile_rank",
+    "median_layer_percentile_rank",
+    "mean_layer_zscore",
+    "mean_delta_from_layer_mean",
+    "top1_rate",
+    "top5_rate",
+    "top10pct_rate",
+)
+"""Where a neuron stands in its layer: columns of the summaries, whatever the metric."""
 _TOPS = ("top1", "top5", "top10pct")
 _EFFECTS = ("max_effect", "accuracy_gap", "abs_max_effect", "abs_accuracy_gap")
 _KEYS = ["circuit_id", "unit_key", "layer_label", "unit_id", "split"]
@@ -43,13 +55,7 @@ _CORRELATED = (
     "mean_abs_activation_value",
     "mean_gradient_value",
     "mean_abs_gradient_value",
-    "mean_layer_percentile_rank",
-    "median_layer_percentile_rank",
-    "mean_layer_zscore",
-    "mean_delta_from_layer_mean",
-    "top1_rate",
-    "top5_rate",
-    "top10pct_rate",
+    *RANK_FEATURES,
 )
 
 
@@ -180,7 +186,7 @@ def saliency_correlations(summary: pd.DataFrame) -> pd.DataFrame:
         first, second = (sides[side].loc[both] for side in SIDES)
         features = list(_CORRELATED)
         difference = (first[features] - second[features]).join(first[list(_EFFECTS)])
-        scopes = {**sides, "associated_minus_unrelated": difference}
+        scopes = {**sides, DIFFERENCE: difference}
         for (scope, table), feature, target in product(scopes.items(), features, _EFFECTS):
             found = correlate(table[feature], table[target])
             if found is not None:

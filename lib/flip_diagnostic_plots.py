@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.agonist_diagnostic_plots import SIDE_COLOURS
+from lib.agonist_diagnostics import DIFFERENCE
 from lib.artifacts import save_figure, write_csv, write_json
 from lib.flip_diagnostics import Diagnostics, headline
 
-_SIDES = {"associated": "#b2432f", "unrelated": "#9a9a9a"}
 _HEATMAP = ("mean_metric_value", "mean_layer_percentile_rank", "mean_layer_zscore", "top1_rate", "top10pct_rate")
 _HEATMAP_TARGETS = ("flip_any_rate", "abs_max_effect", "c2i_rate", "i2c_rate", "accuracy_gap")
 
@@ -58,7 +59,7 @@ def _percentiles(tables: Diagnostics) -> tuple[Figure, pd.DataFrame]:
     metrics = sorted(data["metric_display"].unique())
     figure = Figure(figsize=(2.2 + 1.3 * len(metrics), 3.6), layout="constrained")
     axes = figure.subplots()
-    for number, (side, colour) in enumerate(_SIDES.items()):
+    for number, (side, colour) in enumerate(SIDE_COLOURS.items()):
         values = [
             data.loc[
                 (data["metric_display"] == metric) & (data["split"] == side), "mean_layer_percentile_rank"
@@ -95,7 +96,7 @@ def _top_rates(tables: Diagnostics) -> tuple[Figure, pd.DataFrame]:
 
 def _heatmap(tables: Diagnostics) -> tuple[Figure, pd.DataFrame]:
     """Spearman correlation of five differences with the first effect that varies."""
-    found = tables.correlations[tables.correlations["scope"] == "associated_minus_unrelated"]
+    found = tables.correlations[tables.correlations["scope"] == DIFFERENCE]
     target = next((name for name in _HEATMAP_TARGETS if name in set(found["target"])), _HEATMAP_TARGETS[0])
     data = found[(found["target"] == target) & found["feature"].isin([f"delta_{name}" for name in _HEATMAP])]
     grid = data.pivot_table(index="metric_display", columns="feature", values="spearman").reindex(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.agonist_diagnostics import DIFFERENCE, RANK_FEATURES, SALIENCY_ALIASES, SIDES
 from lib.artifacts import read_csv
 from lib.correlation import correlate
 from lib.neurons import layer_key
@@ -26,19 +27,8 @@ DISPLAY = {
     "wanda": "Wanda",
     "activation_x_gradient": "activation x gradient",
 }
-_ALIASES = dict.fromkeys(("activation_gradient", "actgrad", "gradxactivation"), "activation_x_gradient")
-FEATURES = (
-    "mean_metric_value",
-    "median_metric_value",
-    "mean_abs_metric_value",
-    "mean_layer_percentile_rank",
-    "median_layer_percentile_rank",
-    "mean_layer_zscore",
-    "mean_delta_from_layer_mean",
-    "top1_rate",
-    "top5_rate",
-    "top10pct_rate",
-)
+_ALIASES = SALIENCY_ALIASES | {"gradxactivation": "activation_x_gradient"}
+FEATURES = ("mean_metric_value", "median_metric_value", "mean_abs_metric_value", *RANK_FEATURES)
 EFFECTS = (
     "max_effect",
     "abs_max_effect",
@@ -133,8 +123,8 @@ def side_differences(summary: pd.DataFrame) -> pd.DataFrame:
     """Associated beside unrelated, one row per (rule, neuron, metric), with `delta_*` = associated minus unrelated."""
     numbers = [name for name in summary.select_dtypes("number").columns if name not in _UNIT]
     mean = summary.groupby([*_UNIT, "split"], dropna=False)[numbers].mean().reset_index()
-    sides = {side: mean[mean["split"] == side] for side in ("associated", "unrelated")}
-    both = sides["associated"].merge(sides["unrelated"], on=_UNIT, suffixes=("_associated", "_unrelated"))
+    first, second = (mean[mean["split"] == side] for side in SIDES)
+    both = first.merge(second, on=_UNIT, suffixes=("_associated", "_unrelated"))
     for name in FEATURES:
         both[f"delta_{name}"] = both[f"{name}_associated"] - both[f"{name}_unrelated"]
     for name in EFFECTS:
@@ -163,9 +153,9 @@ def correlations(summary: pd.DataFrame, delta: pd.DataFrame) -> pd.DataFrame:
     for metric, display in summary[["metric", "metric_display"]].drop_duplicates().itertuples(index=False):
         tables = [
             (side, summary[(summary["split"] == side) & (summary["metric"] == metric)], "")
-            for side in ("associated", "unrelated")
+            for side in SIDES
         ]
-        tables.append(("associated_minus_unrelated", delta[delta["metric"] == metric], "delta_"))
+        tables.append((DIFFERENCE, delta[delta["metric"] == metric], "delta_"))
         for (scope, table, prefix), feature, target in product(tables, FEATURES, EFFECTS):
             found = correlate(table[prefix + feature], table[target])
             if found is None:
