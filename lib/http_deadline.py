@@ -26,7 +26,7 @@ def deadline_hooks(seconds: float) -> dict[str, list[Callable[[Any], None]]]:
 
 @functools.cache
 def _bounded_stream_class(library: ModuleType) -> type:
-    class BoundedStream(library.SyncByteStream):  # type: ignore[misc, name-defined]
+    class BoundedStream(library.SyncByteStream):  # type: ignore[misc, name-defined]  # known at run time only
         """A reply's bytes, until the deadline."""
 
         def __init__(self, stream: Any, seconds: float) -> None:

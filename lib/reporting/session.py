@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib.cli import Report, UserError, share
 from lib.reporting.issues import IssueLog
@@ -64,11 +64,11 @@ def writing_to(out_dir: str | Path | None) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext() if out_dir is None else exclusive(out_dir)
 
 
-def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, **options: object) -> None:
+def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, **options: Any) -> None:
     """Add a flag that may be spelled with dashes or underscores."""
     name = name.removeprefix("--")
     spellings = dict.fromkeys((f"--{name.replace('-', '_')}", f"--{name.replace('_', '-')}"))
-    parser.add_argument(*spellings, dest=name.replace("-", "_"), **options)  # type: ignore[arg-type]
+    parser.add_argument(*spellings, dest=name.replace("-", "_"), **options)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, *, scopes: str) -> None:

@@ -102,7 +102,7 @@ def plural(number: int, noun: str) -> str:
 def to_float(value: object) -> float:
     """A number from a table or JSON; NaN where there is none."""
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)  # type: ignore[arg-type]  # what float does not take is caught
     except (TypeError, ValueError, OverflowError):
         return math.nan
     return number if math.isfinite(number) else math.nan
