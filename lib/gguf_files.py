@@ -1,4 +1,4 @@
-"""What a GGUF file's header says is looked at before a library believes it: a damaged count would be read for ever.
+"""What a GGUF file's header says is looked at before a library believes it: one flipped bit asks for 2**19 layers.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
 """

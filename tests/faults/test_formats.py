@@ -236,8 +236,7 @@ def test_a_gguf_that_asks_for_more_than_its_tensors_is_refused_before_it_is_buil
         converted_folder(tmp_path / "m.gguf", tmp_path / "models")
 
 
-def test_a_gguf_that_promises_elements_without_end_is_refused(gguf, tmp_path):
-    # The library goes through as many texts as are promised, long after the file has ended.
+def test_a_gguf_that_promises_more_elements_than_it_has_is_refused(gguf, tmp_path):
     place = gguf.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
     (tmp_path / "m.gguf").write_bytes(gguf[:place] + struct.pack("<Q", 2**50) + gguf[place + 8 :])
     with pytest.raises(UserError, match="not a GGUF model that can be read"):
