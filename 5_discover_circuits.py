@@ -9,18 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from lib.cli import Report, add_model_arguments, add_task_arguments, count, positive_int, stage_main
+from lib.cli import Report, add_model_arguments, add_task_arguments, count, positive_int, size_or_share, stage_main
 from lib.spectral_options import add_pairing_arguments, add_spectral_arguments
 
 INTERVENTIONS = ("patching", "zero", "mean", "mean-positional")
-
-
-def circuit_size(text: str) -> int | float:
-    """argparse type: a number of units, or a share of the candidates such as 0.05."""
-    value = float(text) if "." in text else int(text)
-    if value <= 0 or (isinstance(value, float) and value > 1):
-        raise argparse.ArgumentTypeError(f"{text} is neither a positive number of units nor a share between 0 and 1")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +83,7 @@ def _add_circuit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--circuit_level", choices=["neuron", "node", "edge"], default="node", help="what a unit is")
     group.add_argument(
         "--circuit_size",
-        type=circuit_size,
+        type=size_or_share,
         default=20,
         help="units to keep: a number, or a share of all candidates (0.05)",
     )

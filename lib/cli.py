@@ -160,6 +160,14 @@ def share(text: str) -> float:
     return value
 
 
+def size_or_share(text: str) -> int | float:
+    """argparse type: a number of units, or a share of all candidates such as 0.05 (with a point: 1.0 is all)."""
+    value = float(text) if "." in text else int(text)
+    if value <= 0 or (isinstance(value, float) and not value <= 1):
+        raise argparse.ArgumentTypeError(f"{text} is neither a positive number of units nor a share between 0 and 1")
+    return value
+
+
 def positive_share(text: str) -> float:
     """argparse type: a number above 0, at most 1."""
     value = float(text)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from lib.chat_backends import resolve_chat_model
-from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, share, stage_main
+from lib.cli import DEFAULT_MODEL, Report, UserError, positive_int, share, size_or_share, stage_main
 from lib.pipeline_plan import METHOD, PipelinePlan, StageCall, run_choices, task_module, task_settings
 from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunPaths
 from lib.task_spec import add_task_settings
@@ -72,8 +72,8 @@ def _add_search_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--incorrect_rules", action="store_true", help="control: rules of shuffled labels, kept apart")
     group.add_argument("--circuit_level", default="neuron", choices=["neuron", "node", "edge"],
                        help="what a unit of attribution is")
-    group.add_argument("--circuit_size", type=positive_int, default=DEFAULT_CIRCUIT_SIZE,
-                       help="candidates kept by attribution")
+    group.add_argument("--circuit_size", type=size_or_share, default=DEFAULT_CIRCUIT_SIZE,
+                       help="candidates kept by attribution: a number, or a share of all (0.05)")
     group.add_argument("--max_number_of_circuits_to_analyze", type=int, default=-1,
                        help="rules taken to stages 5 and 6, in file order; -1: all")
     group.add_argument("--max_number_of_circuits_to_search", type=int, default=-1,

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from lib.run_names import REGIMES, RunChoices, RunPaths
+from lib.run_names import REGIMES, RunChoices, RunPaths, size_text
 from lib.task_spec import resolve_task_spec
 
 METHOD = "EAP-IG-inputs"
@@ -158,7 +158,7 @@ class PipelinePlan:
             *self._model(batch=False), *self._common(), *self._rule_inputs(),
             "--output_data_dir", str(self.paths.circuits_dir), "--cache_dir", str(self.paths.model_cache_dir),
             "--method", METHOD, "--intervention", self._replacement(), "--circuit_level", args.circuit_level,
-            "--circuit_size", str(args.circuit_size), "--absolute_value_attributions",
+            "--circuit_size", size_text(args.circuit_size), "--absolute_value_attributions",
             "--eval_intervention", self._replacement(),
             *self._mean_points(),
             "--temporal_agg", "mean", "--max_pairs_per_circuit", str(POINTS_PER_CIRCUIT),

@@ -1,6 +1,7 @@
 """Names of runs and folders: which choices of a run appear in its paths, and where its files live.
 
-The grammar is the one of archived results, so that runs of both find each other's files:
+The grammar is the one of archived results, so that runs of both find each other's files; a size is a number of
+units or a share like 0.1:
 
     circuit label = (spectral_split | rule_split-{spectral|random}_sample)[-M<size>][-decode_only][-eval_<kind>]
     bag label     = agonist_neurons[-fast]-{spectral|random}_anchor[-tau<rate>]
@@ -10,6 +11,7 @@ The grammar is the one of archived results, so that runs of both find each other
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from lib.artifacts import model_slug
@@ -18,6 +20,11 @@ DEFAULT_CIRCUIT_SIZE = 100_000
 DEFAULT_MIN_FLIP_RATE = "0.2"
 UNNAMED_INTERVENTIONS = ("mean", "mean-positional")
 REGIMES = ("positive", "negative")
+
+
+def size_text(size: int | float) -> str:
+    """A circuit size in names and commands: units, or a share with all its decimals (0.00001, never 1e-05)."""
+    return format(Decimal(repr(size)), "f")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class RunChoices:
     fast_anchoring: bool
     decode_only: bool
     incorrect_rules: bool
-    circuit_size: int
+    circuit_size: int | float
+    """Units, or a share of all candidates (a float)."""
     min_flip_rate: str
     eval_intervention: str
 
@@ -40,7 +48,7 @@ class RunChoices:
         sample = "spectral" if self.spectral_discovery else "random"
         label = "spectral_split" if self.spectral_splits else f"rule_split-{sample}_sample"
         if self.circuit_size != DEFAULT_CIRCUIT_SIZE:
-            label += f"-M{self.circuit_size}"
+            label += f"-M{size_text(self.circuit_size)}"
         if self.decode_only:
             label += "-decode_only"
         if self.eval_intervention not in UNNAMED_INTERVENTIONS:

@@ -321,7 +321,7 @@ CASES = [
     Case("pipeline", "../x model", "no task module"),
     Case(PIPELINE, "--min_flip_rate 2", "not a rate"),
     Case(PIPELINE, "--spectral_splits --incorrect_rules", "leave out --incorrect_rules"),
-    Case(PIPELINE, "--circuit_size 0", "not a positive integer"),
+    Case(PIPELINE, "--circuit_size 0", "neither a positive number of units nor a share"),
     Case(PIPELINE, "--max_number_of_circuits_to_analyze x", "invalid int value"),
     Case(PIPELINE, "--eval_intervention magic", "invalid choice"),
     Case(PIPELINE, "--base_url http://me:secret@host/v1 --feature_model openai:m --dry_run", "must hold no key"),

@@ -40,6 +40,7 @@ def paths_of(*argv: str):
      "rule_split-spectral_sample-decode_only-agonist_neurons-spectral_anchor"),
     ("--circuit_size 25000 --decode_only",
      "rule_split-random_sample-M25000-decode_only-agonist_neurons-fast-random_anchor"),
+    ("--circuit_size 0.10", "rule_split-random_sample-M0.1-agonist_neurons-fast-random_anchor"),
     ("--spectral_splits --decode_only", "spectral_split-decode_only-agonist_neurons-fast-random_anchor"),
     ("--min_flip_rate 0.3", "rule_split-random_sample-agonist_neurons-fast-random_anchor-tau0.3"),
     ("--min_flip_rate 0.20", "rule_split-random_sample-agonist_neurons-fast-random_anchor"),
@@ -79,7 +80,8 @@ def test_stages_run_in_order_and_random_plans_are_not_sampled():
     "--incorrect_rules --slow_anchoring --include_zero_scores --ai_model_cache_dir weights",
     "--spectral_splits --max_number_of_circuits_to_analyze 1 --decode_only",
     "--feature_model openai:some-model --base_url http://localhost:8000/v1", "--no_llm",
-    "--circuit_level edge --eval_intervention resample", "--circuit_level node --eval_intervention mean-donor",
+    "--circuit_size 0.00001", "--circuit_level edge --eval_intervention resample",
+    "--circuit_level node --eval_intervention mean-donor",
 ])
 def test_every_stage_accepts_its_command(argv):
     args = parse(*argv.split())

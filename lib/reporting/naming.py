@@ -15,12 +15,12 @@ from lib.run_names import DEFAULT_CIRCUIT_SIZE, DEFAULT_MIN_FLIP_RATE, RunChoice
 
 _NAME = re.compile(
     r"(?P<circuit>(?P<split>spectral_split|rule_split-(?P<discovery>random|spectral)_sample)"
-    r"(?:-M(?P<size>\d+))?(?P<decode>-decode_only)?(?:-eval_(?P<eval>[a-z][a-z_-]*?))?)"
+    r"(?:-M(?P<size>\d+(?:\.\d+)?))?(?P<decode>-decode_only)?(?:-eval_(?P<eval>[a-z][a-z_-]*?))?)"
     r"-(?P<bag>agonist_neurons(?P<fast>-fast)?-(?P<anchor>random|spectral)_anchor(?:-tau(?P<tau>\d+(?:\.\d+)?))?"
     r"(?:-(?P<donor>zero|resample|mean(?:-donor)?(?:-positional)?))?)(?P<fake>-fake_targets)?",
     re.ASCII,
 )
-_SIZE_PART = re.compile(r"(?:^|-)M(\d+)(?=-|$)", re.IGNORECASE | re.ASCII)
+_SIZE_PART = re.compile(r"(?:^|-)M(\d+(?:\.\d+)?)(?=-|$)", re.IGNORECASE | re.ASCII)
 _RATE_PART = re.compile(r"(?:^|-)tau(\d+(?:\.\d+)?)(?=-|$)", re.ASCII)
 _EVAL_PART = re.compile(r"-eval_[a-z][a-z_-]*?(?=-agonist_neurons)", re.ASCII)
 
@@ -108,7 +108,7 @@ class RunName:
             fast_anchoring=match["fast"] is not None,
             decode_only=match["decode"] is not None,
             incorrect_rules=match["fake"] is not None,
-            circuit_size=int(match["size"] or DEFAULT_CIRCUIT_SIZE),
+            circuit_size=_size(match["size"]) or DEFAULT_CIRCUIT_SIZE,
             min_flip_rate=match["tau"] or DEFAULT_MIN_FLIP_RATE,
             eval_intervention=match["eval"] or "mean-positional",
         )
@@ -146,6 +146,11 @@ class RunName:
     def without_decode_only(self) -> str:
         """The same run's name before `-decode_only` was a part of names (HANS)."""
         return self.text.replace("-decode_only", "", 1)
+
+
+def _size(text: str | None) -> int | float | None:
+    """A circuit size in a name: units, or with a point a share."""
+    return None if text is None else float(text) if "." in text else int(text)
 
 
 def _choices_of(mode: RunMode) -> RunChoices:
@@ -210,7 +215,7 @@ class SensitivityParts:
     """A run name split into what sensitivity runs vary and the rest."""
 
     base: str
-    circuit_size: int | None
+    circuit_size: int | float | None
     min_flip_rate: float | None
 
 
@@ -218,7 +223,7 @@ def sensitivity_parts(run_name: str) -> SensitivityParts:
     """Size and rate named in a run's name (at either end too), and the name without them."""
     size, rate = _SIZE_PART.search(run_name), _RATE_PART.search(run_name)
     base = _RATE_PART.sub("", _SIZE_PART.sub("", run_name)).strip("-")
-    return SensitivityParts(base, int(size[1]) if size else None, float(rate[1]) if rate else None)
+    return SensitivityParts(base, _size(size[1] if size else None), float(rate[1]) if rate else None)
 
 
 # ---------------------------------------------------------------- tasks and models

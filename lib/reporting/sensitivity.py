@@ -51,14 +51,16 @@ def find_runs(root: ModelRoot, only: str | None) -> list[RunFolder]:
 def place_runs(runs: Sequence[RunFolder], args: argparse.Namespace) -> list[Setting]:
     """Every run with the M and tau that its name states, if it is of the baseline's mode.
 
-    A part that the name leaves out is the baseline's. Another run mode has another name without these parts.
+    A part that the name leaves out is the baseline's. Another run mode has another name without these parts; a run
+    whose size is a share has no place either.
     """
     base = sensitivity_parts(args.baseline_run_name).base
     bases = {base, base.replace("-decode_only", "", 1)}
     settings = []
     for run in runs:
         parts = sensitivity_parts(run.run_name)
-        if parts.base not in bases:
+        # A share is no point of the size's axis: how many units it stands for differs from circuit to circuit.
+        if parts.base not in bases or isinstance(parts.circuit_size, float):
             settings.append(Setting(run, math.nan, math.nan))
             continue
         size = args.baseline_M if parts.circuit_size is None else parts.circuit_size

@@ -30,7 +30,7 @@ CHOICES = st.builds(
     fast_anchoring=st.booleans(),
     decode_only=st.booleans(),
     incorrect_rules=st.booleans(),
-    circuit_size=st.integers(1, 10**7),
+    circuit_size=st.integers(1, 10**7) | st.floats(0, 1, exclude_min=True),
     min_flip_rate=st.sampled_from(["0.2", "0.3", "0.15", "1", "0.05"]),
     eval_intervention=st.sampled_from(["mean-positional", "zero", "mean-donor", "mean-donor-positional", "resample"]),
 )
@@ -144,6 +144,7 @@ def test_sensitivity_parts_anywhere_in_the_name():
     assert sensitivity_parts(f"M25000-{MAIN_RUN}") == (sensitivity_parts(f"{MAIN_RUN}-M25000"))
     parts = sensitivity_parts(MAIN_RUN.replace("_sample-", "_sample-M80000-") + "-tau0.3")
     assert (parts.base, parts.circuit_size, parts.min_flip_rate) == (MAIN_RUN, 80000, 0.3)
+    assert sensitivity_parts(MAIN_RUN.replace("_sample-", "_sample-M0.05-")).circuit_size == 0.05
     assert sensitivity_parts(MAIN_RUN) == sensitivity_parts(MAIN_RUN).__class__(MAIN_RUN, None, None)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
 from lib.reporting.naming import MAIN_RUN
+from lib.reporting.sensitivity import place_runs
 from tests import published_tree as published
 from tests.reporting.conftest import no_absolute_path, raw_best, read_rows
 from tests.scripts import run_script
@@ -105,6 +109,14 @@ def test_other_modes_are_listed_but_have_no_place(tree, out):
     cell = tree.cells["arithmetic", LLM, "fake_targets"]
     assert float(fake["cha_budget_total"]) == sum(n for n, _ in raw_costs(tree, cell))
     assert fake["cha_budget_total"] != main["cha_budget_total"]
+
+
+def test_a_run_of_a_share_has_no_place_among_runs_of_numbers():
+    args = Namespace(baseline_run_name=MAIN_RUN, baseline_M=43008, baseline_tau=0.2)
+    names = [MAIN_RUN.replace("_sample-", f"_sample-M{size}-") for size in ("500", "0.5")]
+    number, share = place_runs([SimpleNamespace(run_name=name) for name in names], args)
+    assert (number.size, number.rate) == (500.0, 0.2)
+    assert math.isnan(share.size) and math.isnan(share.rate)
 
 
 @pytest.mark.parametrize("scope", ["test", "all_fit"])

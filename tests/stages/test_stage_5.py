@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from lib.artifacts import read_json, read_npz, write_json
+from lib.cli import size_or_share
 from lib.flip_candidates import discovery_rows
 from lib.scores_table import load_scores
 from lib.task_spec import resolve_task_spec
-from tests.scripts import load_script, run_script
+from tests.scripts import run_script
 from tests.stages.small_world import make_world, stage_4_arguments, stage_5_arguments
 
 SCRIPT = "5_discover_circuits"
@@ -365,11 +366,11 @@ def test_a_plan_of_another_subset_is_refused(world, capsys):
 
 
 def test_circuit_size_is_a_number_or_a_share():
-    parse = load_script(SCRIPT).circuit_size
-    assert parse("100000") == 100000 and parse("0.05") == 0.05 and isinstance(parse("1.0"), float)
+    assert size_or_share("100000") == 100000 and size_or_share("0.05") == 0.05
+    assert isinstance(size_or_share("1.0"), float)
     for wrong in ("0", "-3", "1.5"):
         with pytest.raises(Exception, match="neither"):
-            parse(wrong)
+            size_or_share(wrong)
 
 
 def test_scores_are_sums_over_pairs(world, finished):

@@ -144,7 +144,9 @@ def _settings(inputs: PageInputs) -> Iterator[tuple[str, str]]:
     run_name = inputs.run.name if inputs.run else None
     if run_name is not None:
         choices = run_name.choices
-        yield "candidates kept per circuit, at most", f"{choices.circuit_size:,}"
+        size = choices.circuit_size
+        kept = f"{percent(size)} of all" if isinstance(size, float) else f"{size:,}"
+        yield "candidates kept per circuit, at most", kept
         yield "smallest flip rate worth finding", visible(choices.min_flip_rate, 20)
         yield "ablation at", "answer-producing positions only" if choices.decode_only else "all positions"
     for package, version in block_of(metadata, "packages").items():
