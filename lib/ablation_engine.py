@@ -123,7 +123,8 @@ class AblationEngine:
             columns.setdefault(self._block_of[int(datapoint)][0], []).append(column)
         stages = [leaving_stage(group, self.lm.n_layers) for group in groups]
         order = sorted(range(len(groups)), key=lambda i: (stages[i], i))
-        for number in sorted(columns):
+        # Blocks whose baseline is still in memory come first: the next call begins where this one ends.
+        for number in sorted(columns, key=lambda number: (number not in self._states, number)):
             members = [int(datapoints[column]) for column in columns[number]]
             for numbers, found in self._run_block(number, members, groups, order):
                 for (place, row), text in found.items():
