@@ -8,6 +8,7 @@ import pytest
 
 from lib.artifacts import read_csv, write_csv
 from lib.cli import Report, UserError
+from lib.neuron_intervention import measure_answers
 from lib.stages.flip_anchoring import FlipAnchoring
 from lib.text_and_rules import parse_rule
 from tests.flip_world import TASK_SPEC, engine_factory, stage_arguments, world_frame, write_world
@@ -291,7 +292,8 @@ def test_a_changed_scorer_changes_labels_without_a_model(finished, monkeypatch):
     )
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setitem(measure_answers.__kwdefaults__, "chunk", 40)
     paths = write_world(tmp_path, FRAME, EFFECTS)
 
     class Killed(Exception):
@@ -314,8 +316,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         FlipAnchoring(stage_arguments(paths, "--n_random_neurons", "70"), Report(quiet=True), dying).run()
     made = []
     assert _run(paths, "--n_random_neurons", "70", made=made) == 0
-    # 3 candidates, 70 random neurons and the no-op edit; the first chunk of 64 was stored.
-    assert sum(len(call) for call in made[0].calls) == 74 - 64
+    # 3 candidates, 70 random neurons and the no-op edit, in two chunks of equal size; the first was stored.
+    assert sum(len(call) for call in made[0].calls) == 74 // 2
 
 
 def test_labels_unlike_stage_one_are_left_out_and_counted(tmp_path):
