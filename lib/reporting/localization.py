@@ -274,7 +274,10 @@ def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
         if n_groups is None:
             reason = f"circuit {entry.get('circuit_id')} states no n_ablation_groups; run stage 6 again"
             return Reading(Status.INVALID, reason=reason, path=reading.path)
-        detail = circuit_detail(run, regime, entry).value or {}
+        found = circuit_detail(run, regime, entry)
+        if found.status is Status.INVALID:
+            return found.without_value()
+        detail = found.value or {}
         layers = candidates_by_layer(detail)
         cost = block_of(entry, "search_cost") or block_of(detail, "search_cost")
         n_audit = min(_count(cost.get("n_audit_tests")) or 0, n_groups)

@@ -370,3 +370,20 @@ def test_half_a_cost_or_bucket_is_invalid_not_smaller(tmp_path, name, content):
     (folder / "positive_baseline" / name).write_text(json.dumps(content))
     reader = circuit_costs if name == "rule_knockout.json" else agonists
     assert reader(run, "positive").status is Status.INVALID
+
+
+def test_a_detail_file_that_was_cut_off_is_named_not_left_out_of_the_costs(tmp_path):
+    root = ModelRoot("arithmetic", "", "M", tmp_path / "stats", tmp_path)
+    run = root.run(MAIN_RUN)
+    folder = tmp_path / run.name.discovery_base / "eap_ig_inputs" / run.name.circuit_label / run.name.bag_label
+    regime = folder / "positive_baseline"
+    (regime / "is_correct").mkdir(parents=True)
+    entry = {"circuit_id": 0, "rule_target": "is_correct", "status": "ok", "n_ablation_groups": 5}
+    (regime / "rule_knockout.json").write_text(json.dumps([entry]))
+    detail = regime / "is_correct" / "rule_0000.json"
+    detail.write_text(json.dumps({"circuit_id": 0, "search_cost": {"n_candidates": 9}}))
+    (cost,) = circuit_costs(run, "positive").value
+    assert (cost.n_groups, cost.n_candidates) == (5, 9)
+    detail.write_text(detail.read_text()[:20])
+    reading = circuit_costs(run, "positive")
+    assert (reading.status, reading.path) == (Status.INVALID, detail)
