@@ -204,7 +204,7 @@ class SearchResult:
             start, end, cut, depth = (int(columns[name][number]) for name in ("start", "end", "cut", "depth"))
             root = root_of.get(start) if depth == 0 else None
             verdict = Verdict(int(columns["verdict"][number]))
-            middle = int(_middle(start, end, cut))
+            middle = int(_middle(*(np.asarray(place) for place in (start, end, cut))))
             strategy = ""
             if verdict is Verdict.SPLIT:
                 strategy = PLAIN_CUT if root is None else self.forest.cut_names[root]
@@ -239,11 +239,7 @@ def search(forest: Forest, slices: Slices, oracle: Oracle, settings: SearchSetti
     batches cost less per evaluation, and (unless `dense_size` asks what became of a sibling) the order of the looks
     changes neither a verdict nor what is evaluated.
     """
-    ease = [None, None] if slices.ease is None else [tuple(part.tolist()) for part in slices.ease]
-    plans = tuple(
-        plan_looks(len(points), settings.looks, settings.epsilon, settings.alpha_slice, known)
-        for points, known in zip(slices.both, ease, strict=True)
-    )
+    plans = _plan_of(slices, ASSOCIATED, settings), _plan_of(slices, UNRELATED, settings)
     nodes = _Nodes()
     active = nodes.add(forest.starts, forest.ends, 0)
     nodes["cut"][active] = forest.cuts
@@ -260,6 +256,12 @@ def search(forest: Forest, slices: Slices, oracle: Oracle, settings: SearchSetti
         waiting = np.setdiff1d(active, numbers[verdicts != Verdict.OPEN])
         active = np.concatenate([waiting, children])
     return SearchResult(forest, settings, n_rounds, nodes)
+
+
+def _plan_of(slices: Slices, side: int, settings: SearchSettings) -> LookPlan:
+    """The looks at one slice."""
+    ease = None if slices.ease is None else tuple(slices.ease[side].tolist())
+    return plan_looks(len(slices.both[side]), settings.looks, settings.epsilon, settings.alpha_slice, ease)
 
 
 def sweep(

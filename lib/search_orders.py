@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
 
@@ -110,8 +111,7 @@ def attribution_forest(
     for part in parts:
         if layers is not None:
             part = _by_layer(part, layers)
-        limit = max_group_size or len(part)
-        for start, end in _spans(len(part), lambda start, size, limit=limit: size <= limit):
+        for start, end in _spans(len(part), partial(_fits, max_group_size or len(part))):
             starts.append(begin + start)
             ends.append(begin + end)
         rows.append(part)
@@ -126,6 +126,11 @@ def attribution_forest(
         (PLAIN_CUT,) * n_roots,
         {},
     )
+
+
+def _fits(limit: int, start: int, size: int) -> bool:
+    """Whether a span, wherever it starts, is small enough to begin with."""
+    return size <= limit
 
 
 def _by_layer(part: np.ndarray, layers: np.ndarray) -> np.ndarray:

@@ -66,13 +66,13 @@ def pools_of(
     """
     rows = table.subset_rows(regime)
     inside = _inside(circuit, table, rows)
-    planned: tuple[np.ndarray, np.ndarray] = (rows[:0], rows[:0])
+    planned = [rows[:0], rows[:0]]
     if plan is not None:
         entry = plan.entry(circuit)
         if entry is None or entry.get("status") != "ok":
             reason = (entry or {}).get("reason") or (entry or {}).get("status") or "not in the plan"
             return Skipped(f"no datapoints planned: {reason}")
-        planned = tuple(np.intersect1d(_planned_rows(entry, side, plan, table), rows) for side in SIDES)
+        planned = [np.intersect1d(_planned_rows(entry, side, plan, table), rows) for side in SIDES]
     pools = []
     for side, own, chosen in zip(SIDES, (rows[inside], rows[~inside]), planned, strict=True):
         generator = rng(seed, "stage6", regime, circuit.target, circuit.circuit_id, side)

@@ -101,7 +101,7 @@ def _rule_rows(
     head |= {"n_associated": sizes[0], "n_unrelated": sizes[1]}
     truth, brute = _brute_force(rule, inputs.args)
     # What testing each candidate alone on every datapoint takes, whether or not all of it was needed.
-    full = head["n_candidates"] * sum(sizes)
+    full = len(circuit.neurons) * sum(sizes)
     share = brute["n_evaluations"] / full
     # Brute force needs no noise groups, though it is judged on the datapoints that they chose.
     found = set(truth.agonists.tolist())
