@@ -276,7 +276,7 @@ def circuit_costs(run: RunFolder, regime: str) -> Reading[list[CircuitCost]]:
             return Reading(Status.INVALID, reason=reason, path=reading.path)
         found = circuit_detail(run, regime, entry)
         if found.status is Status.INVALID:
-            return found.without_value()
+            return Reading(Status.INVALID, reason=f"{found.path.name}: {found.reason}", path=found.path)
         detail = found.value or {}
         layers = candidates_by_layer(detail)
         cost = block_of(entry, "search_cost") or block_of(detail, "search_cost")

@@ -387,3 +387,4 @@ def test_a_detail_file_that_was_cut_off_is_named_not_left_out_of_the_costs(tmp_p
     detail.write_text(detail.read_text()[:20])
     reading = circuit_costs(run, "positive")
     assert (reading.status, reading.path) == (Status.INVALID, detail)
+    assert reading.reason.startswith("rule_0000.json: not readable as JSON")
