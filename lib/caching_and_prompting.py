@@ -68,9 +68,21 @@ class CallCache:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, request TEXT NOT NULL, "
                                    "reply TEXT NOT NULL, finished TEXT NOT NULL, checksum TEXT)")
-            if "checksum" not in {row[1] for row in self._database.execute("PRAGMA table_info(calls)")}:
-                self._database.execute("ALTER TABLE calls ADD COLUMN checksum TEXT")
+            if not self._has_checksums():
+                self._add_checksums()
         self._lock = threading.Lock()
+
+    def _has_checksums(self) -> bool:
+        return "checksum" in {row[1] for row in self._database.execute("PRAGMA table_info(calls)")}
+
+    def _add_checksums(self) -> None:
+        """Give the answers of a cache from before there were checksums theirs: nobody pays twice for an answer."""
+        self._database.create_function("checksum_of", 2, lambda key, reply: text_digest([key, reply]))
+        self._database.execute("BEGIN IMMEDIATE")
+        if not self._has_checksums():  # another process may have been first
+            self._database.execute("ALTER TABLE calls ADD COLUMN checksum TEXT")
+            self._database.execute("UPDATE calls SET checksum = checksum_of(key, reply)")
+        self._database.execute("COMMIT")
 
     def get(self, key: str) -> str | None:
         """The stored answer; None if there is none that is whole."""

@@ -200,11 +200,12 @@ class SearchResult:
         """Tested groups depth-first, first half first, whatever the order in which they were tested."""
         root_of = {int(start): number for number, start in enumerate(self.forest.starts)}
         columns = self._nodes.columns
+        middles = _middle(columns["start"], columns["end"], columns["cut"])
         for number in self._preorder().tolist():
-            start, end, cut, depth = (int(columns[name][number]) for name in ("start", "end", "cut", "depth"))
+            start, end, depth = (int(columns[name][number]) for name in ("start", "end", "depth"))
             root = root_of.get(start) if depth == 0 else None
             verdict = Verdict(int(columns["verdict"][number]))
-            middle = int(_middle(*(np.asarray(place) for place in (start, end, cut))))
+            middle = int(middles[number])
             strategy = ""
             if verdict is Verdict.SPLIT:
                 strategy = PLAIN_CUT if root is None else self.forest.cut_names[root]

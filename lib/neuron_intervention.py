@@ -86,7 +86,7 @@ def measure_answers(
 
     Groups go to the engine in chunks of equal size, those of the last layers first (the cheapest), and each chunk is
     stored before the next. Where the baseline of all datapoints does not fit into memory the engine computes it once
-    per chunk (for SmolLM2 the work of 7 single neurons): small chunks lose little when killed, large ones are faster.
+    per chunk: small chunks lose little when killed, large ones are faster.
     progress: told the number of answers just found.
     """
     pending = sorted(log.missing(groups), key=_first_place, reverse=True)

@@ -88,11 +88,17 @@ def test_a_damaged_cache_of_calls_never_gives_another_answer(whole_cache, tmp_pa
     assert outcomes["refused"] >= 20 and outcomes["asked again"] >= 50 and outcomes["whole"] >= 50, outcomes
 
 
-def test_a_cache_of_calls_from_before_there_were_checksums_is_asked_again(tmp_path):
+def test_a_cache_of_calls_from_before_there_were_checksums_keeps_its_answers(tmp_path):
     with sqlite3.connect(tmp_path / CACHE_FILE) as database:
         database.execute("CREATE TABLE calls (key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL, "
                          "finished TEXT NOT NULL)")  # fmt: skip
         database.execute("INSERT INTO calls VALUES ('key', '{}', 'old', 'then')")
+    for _ in range(2):
+        cache = CallCache(tmp_path)
+        assert cache.get("key") == "old"
+        cache.close()
+    with sqlite3.connect(tmp_path / CACHE_FILE) as database:
+        database.execute("UPDATE calls SET reply = 'odd'")
     cache = CallCache(tmp_path)
     assert cache.get("key") is None
     cache.put("key", "{}", "new")
