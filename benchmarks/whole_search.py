@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,10 @@ from lib.group_test_log import GroupTestLog
 from lib.neurons import Neuron
 from lib.stages.agonist_options import add_agonist_arguments
 
+if TYPE_CHECKING:
+    from lib.stages.agonist_oracle import FlipAnswers
+    from lib.stages.agonist_prepare import Inputs, MakeAnswers
+
 _QUICK_CANDIDATES = 300
 
 
@@ -38,8 +42,10 @@ class NaiveAnswers:
         self.end = AnswerEnd(engine.lm, engine.end.max_new_tokens, is_complete)
         self._loops: dict[tuple[int, ...], NaiveLoop] = {}
 
-    def answers(self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int]) -> AblatedAnswers:
-        """Answers under each group, as `AblationEngine.answers`."""
+    def answers(
+        self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int], is_settled: None = None
+    ) -> AblatedAnswers:
+        """Answers under each group, as `AblationEngine.answers`, always whole."""
         key = tuple(datapoints)
         if key not in self._loops:
             self._loops[key] = NaiveLoop(self.engine.lm, [self.prompts[d] for d in key], self.engine.table)
@@ -61,62 +67,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quick", action="store_true", help=f"{_QUICK_CANDIDATES} candidates: under two minutes")
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of searching: flags that make it, and whether it runs on the naive loop."""
+
+    flags: dict[str, Any]
+    naive: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a way found and took; seconds: of the search with its noise groups, baseline_seconds: of what precedes."""
+
+    found: set[int]
+    n_evaluations: int
+    seconds: float
+    baseline_seconds: float
+
+
+_DEFAULT = Way({"search": "attribution", "fixed_n": False}, naive=False)
+_PUBLISHED = Way({"search": "bisect", "fixed_n": True, "max_noise": 1.0}, naive=True)
+
+
 def run(args: argparse.Namespace, report: Report) -> None:
-    """Prepare the first rule of the first regime, search it twice."""
+    """Search the first rule of the first regime in both ways."""
     from lib.stages.agonist_inputs import regimes_to_run
     from lib.stages.agonist_model import AgonistModel
-    from lib.stages.agonist_prepare import RulePreparer, read_inputs
+    from lib.stages.agonist_prepare import read_inputs
     from lib.stages.recall_validation import subset
 
     args.n_candidates = min(args.n_candidates, _QUICK_CANDIDATES) if args.quick else args.n_candidates
     inputs = read_inputs(args)
     circuit = subset(inputs.circuits[0], args)
+    inputs = replace(inputs, circuits=[circuit])
     model = AgonistModel(args, inputs, report)
     regime = next(iter(regimes_to_run(args, inputs.plan)))[0]
-
-    def prepared(max_noise: float):  # noqa: ANN202
-        own = replace(inputs, circuits=[circuit], args=argparse.Namespace(**(vars(args) | {"max_noise": max_noise})))
-        preparer = RulePreparer(own, regime)
-        return preparer.prepare(circuit, preparer.pools(circuit), model.answers_for(regime), GroupTestLog(None, ""))
-
+    # Both need the same replacement values: measured once, before either is timed.
+    model.answers_for(regime)(inputs.table.subset_rows(regime)[:1]).engine.prepare([circuit.neurons])
     report.line(f"{regime} {circuit.name}, {len(circuit.neurons)} candidates")
-    default = _search(prepared(args.max_noise), args, {"search": "attribution", "fixed_n": False}, None, report)
-    published = _search(prepared(1.0), args, {"search": "bisect", "fixed_n": True}, inputs, report)
+    default = _search(_DEFAULT, inputs, model.answers_for(regime), regime, report)
+    published = _search(_PUBLISHED, inputs, model.answers_for(regime), regime, report)
     share = default.n_evaluations / published.n_evaluations
-    common = len(default.found & published.found)
+    whole = [way.seconds + way.baseline_seconds for way in (default, published)]
     report.line(
-        f"speedup={published.seconds / default.seconds:.2f} evaluations_share={share:.3f} "
-        f"agonists_published={len(published.found)} agonists_default={len(default.found)} agonists_common={common}"
+        f"speedup={published.seconds / default.seconds:.2f} stage_speedup={whole[1] / whole[0]:.2f} "
+        f"evaluations_share={share:.3f} agonists_published={len(published.found)} "
+        f"agonists_default={len(default.found)} agonists_common={len(default.found & published.found)}"
     )
 
 
-def _search(rule, args, flags, naive_inputs, report: Report) -> SimpleNamespace:  # noqa: ANN001
-    """One search with an empty log; on the naive loop if inputs are given."""
-    from lib.stages.agonist_oracle import LoggedOracle
-    from lib.stages.agonist_prepare import rule_options
+def _search(way: Way, inputs: Inputs, make_answers: MakeAnswers, regime: str, report: Report) -> Outcome:
+    """One search with an empty log, from the baseline answers of its datapoints on."""
+    from lib.stages.agonist_prepare import RulePreparer, rule_options
     from lib.stages.agonist_rule import RuleSearch
 
-    oracle = rule.oracle
-    answers = oracle.answers
-    if naive_inputs is not None:
-        table, task = naive_inputs.table, naive_inputs.task
-        prompts = table.frame[table.prompt_col].iloc[oracle.rows].tolist()
-        naive = NaiveAnswers(answers.engine, prompts, task.answer_is_complete)
-        answers = FlipOracle(naive, task.is_answer_positive, table.records(oracle.rows))
-    bar = tqdm(unit="answer", desc="naive" if naive_inputs is not None else "engine", disable=report.quiet)
-    fresh = LoggedOracle(answers, oracle.neurons, oracle.rows, GroupTestLog(None, ""), progress=bar.update)
+    flags = way.flags | {"fast_ablation": True, "audit_members": 0}
+    inputs = replace(inputs, args=argparse.Namespace(**(vars(inputs.args) | flags)))
+    baseline_seconds = 0.0
+
+    def timed(rows: np.ndarray) -> FlipAnswers:
+        nonlocal baseline_seconds
+        begun = time.perf_counter()
+        answers = make_answers(rows)
+        baseline_seconds = time.perf_counter() - begun
+        return _on_the_naive_loop(answers.engine, rows, inputs) if way.naive else answers
+
+    bar = tqdm(unit="answer", desc="naive" if way.naive else "engine", disable=report.quiet)
+    preparer, circuit = RulePreparer(inputs, regime), inputs.circuits[0]
     started, cpu = time.perf_counter(), time.process_time()
-    options = rule_options(argparse.Namespace(**(vars(args) | flags | {"fast_ablation": True, "audit_members": 0})))
-    findings = RuleSearch(replace(rule, oracle=fresh), options).run()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    rule = preparer.prepare(circuit, preparer.pools(circuit), timed, GroupTestLog(None, ""), bar.update)
+    findings = RuleSearch(rule, rule_options(inputs.args)).run()
+    seconds, cpu = time.perf_counter() - started - baseline_seconds, time.process_time() - cpu
     bar.close()
     n = findings.result.n_evaluations + rule.n_noise_evaluations
     report.line(
-        f"{flags['search']:12s} {'naive loop' if naive_inputs is not None else 'engine':10s} "
-        f"tests {findings.result.n_tests:6d}  evaluations {n:8d}  {seconds:7.1f} s wall  {cpu:7.1f} CPU s  "
+        f"{way.flags['search']:12s} {'naive loop' if way.naive else 'engine':10s} tests {findings.result.n_tests:6d}  "
+        f"evaluations {n:8d}  {seconds:7.1f} s, baseline answers {baseline_seconds:5.1f} s, {cpu:7.1f} CPU s in all  "
         f"{n / seconds:6.0f} evaluations/s  agonists {len(findings.agonists)}"
     )
-    return SimpleNamespace(n_evaluations=n, seconds=seconds, found={a.candidate for a in findings.agonists})
+    return Outcome({agonist.candidate for agonist in findings.agonists}, n, seconds, baseline_seconds)
+
+
+def _on_the_naive_loop(engine: AblationEngine, rows: np.ndarray, inputs: Inputs) -> FlipOracle:
+    """The oracle of these datapoints with the naive loop in place of the engine."""
+    table, task = inputs.table, inputs.task
+    naive = NaiveAnswers(engine, table.frame[table.prompt_col].iloc[rows].tolist(), task.answer_is_complete)
+    return FlipOracle(naive, task.is_answer_positive, table.records(rows))
 
 
 main = stage_main(add_arguments, run, description=__doc__)

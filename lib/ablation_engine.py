@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import LanguageModel
 from lib.neurons import Neuron
 
+IsSettled = Callable[[int, int, str], bool]
+"""Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
 _SMALLEST_BUDGET = 2**20
+_FEWEST_ROWS = 32
+"""Rows that are worth a trip of their own through the network."""
 
 
 @dataclass
@@ -107,10 +112,12 @@ class AblationEngine:
         groups: Sequence[Sequence[Neuron]],
         datapoints: Sequence[int],
         progress: Callable[[int], None] | None = None,
+        is_settled: IsSettled | None = None,
     ) -> AblatedAnswers:
         """Answers after ablating each group, on each of the datapoints.
 
-        progress: called with the number of finished (group, datapoint) pairs of each chunk.
+        progress: called with the number of finished (group, datapoint) pairs of each chunk. is_settled: a changed
+        answer of which it says True is left as it is then, without what would follow; None to have all answers whole.
 
         Raises:
             UserError: a neuron that the model does not have, or one row that does not fit into memory.
@@ -118,17 +125,13 @@ class AblationEngine:
         self.prepare(groups)
         changed = np.zeros((len(groups), len(datapoints)), dtype=bool)
         texts: dict[tuple[int, int], str] = {}
-        columns: dict[int, list[int]] = {}
-        for column, datapoint in enumerate(datapoints):
-            columns.setdefault(self._block_of[int(datapoint)][0], []).append(column)
         stages = [leaving_stage(group, self.lm.n_layers) for group in groups]
         order = sorted(range(len(groups)), key=lambda i: (stages[i], i))
-        # Blocks whose baseline is still in memory come first: the next call begins where this one ends.
-        for number in sorted(columns, key=lambda number: (number not in self._states, number)):
-            members = [int(datapoints[column]) for column in columns[number]]
-            for numbers, found in self._run_block(number, members, groups, order):
+        for number, columns in self._parts(datapoints, len(groups)):
+            members = [int(datapoints[column]) for column in columns]
+            for numbers, found in self._run_block(number, members, groups, order, is_settled):
                 for (place, row), text in found.items():
-                    key = numbers[place], columns[number][row]
+                    key = numbers[place], columns[row]
                     changed[key] = True
                     texts[key] = text
                 self.counters.n_evaluations += len(numbers) * len(members)
@@ -155,8 +158,37 @@ class AblationEngine:
 
     # ------------------------------------------------------------ running
 
+    def _parts(self, datapoints: Sequence[int], n_groups: int) -> list[tuple[int, list[int]]]:
+        """The datapoints in parts that go through the network together: (block, columns of `datapoints`).
+
+        Short windows are not filled up to the length of long ones where there are enough rows of either.
+        """
+        columns: dict[int, list[int]] = {}
+        for column, datapoint in enumerate(datapoints):
+            columns.setdefault(self._block_of[int(datapoint)][0], []).append(column)
+        parts = []
+        # Blocks whose baseline is still in memory come first: the next call begins where this one ends.
+        for number in sorted(columns, key=lambda number: (number not in self._states, number)):
+            lengths = [len(self._windows[int(datapoints[column])].tokens) for column in columns[number]]
+            by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+            part: list[int] = []
+            for place, index in enumerate(by_length):
+                is_longer = bool(part) and lengths[index] > lengths[by_length[place - 1]]
+                n_rest = len(by_length) - place
+                if is_longer and min(len(part), n_rest) * n_groups >= _FEWEST_ROWS:
+                    parts.append((number, sorted(part)))
+                    part = []
+                part.append(columns[number][index])
+            parts.append((number, sorted(part)))
+        return parts
+
     def _run_block(
-        self, number: int, members: list[int], groups: Sequence[Sequence[Neuron]], order: list[int]
+        self,
+        number: int,
+        members: list[int],
+        groups: Sequence[Sequence[Neuron]],
+        order: list[int],
+        is_settled: IsSettled | None,
     ) -> Iterator[tuple[list[int], dict[tuple[int, int], str]]]:
         """Run all groups on some datapoints of a block, in chunks: (group numbers, changed answers by place)."""
         places = torch.tensor([self._block_of[d][1] for d in members], device=self.lm.device)
@@ -173,8 +205,10 @@ class AblationEngine:
             numbers = order[start : start + n_groups]
             chosen = [groups[i] for i in numbers]
             try:
-                chunk = ChunkRun(self.lm, self.table, self.end, chosen, state, windows, numbers_for_table, decided)
-                found = chunk.run(decode_rows)
+                settled = None if is_settled is None else partial(_of_chunk, is_settled, numbers, members)
+                found = ChunkRun(
+                    self.lm, self.table, self.end, chosen, state, windows, numbers_for_table, decided, settled
+                ).run(decode_rows)
             except (torch.OutOfMemoryError, MemoryError):
                 self._shrink()
                 continue
@@ -277,6 +311,13 @@ class AblationEngine:
                 del self._states[next(iter(self._states))]
         self._states[number] = state
         return state
+
+
+def _of_chunk(
+    is_settled: IsSettled, numbers: list[int], members: list[int], group: int, row: int, text: str
+) -> bool:
+    """`is_settled` for the places of a chunk."""
+    return is_settled(numbers[group], members[row], text)
 
 
 def _window(prompt: list[int], answer: tuple[int, ...], decode_only: bool, scope: DecodeScope) -> Window:

@@ -73,7 +73,8 @@ class ChunkRun:
     """Groups that go through the network together, in the order in which they leave the baseline.
 
     groups: ordered by `leaving_stage`. state: baseline of the datapoints. windows: their tokens. datapoints: their
-    numbers for the replacement table, [datapoint]. places: None where no window decides any token.
+    numbers for the replacement table, [datapoint]. places: None where no window decides any token. is_settled: says of
+    a changed answer so far, (group, datapoint, text), that the rest of it is not wanted.
     A row is group * n_datapoints + datapoint.
     """
 
@@ -87,8 +88,10 @@ class ChunkRun:
         windows: Sequence[Window],
         datapoints: torch.Tensor,
         places: Places,
+        is_settled: Callable[[int, int, str], bool] | None,
     ) -> None:
         self.lm, self.table, self.end, self.state = lm, table, end, state
+        self.is_settled = is_settled
         self.windows, self.datapoints, self.places = windows, datapoints, places
         self.n_groups, self.n_datapoints = len(groups), len(datapoints)
         self.edits = GroupEdits.build(groups, lm.d_model, lm.n_layers, lm.device)
@@ -174,18 +177,25 @@ class ChunkRun:
                 continue
             token = int(predicted[group, place])
             ids = [*self.windows[datapoint].answer[:kept], token]
-            if self.end.is_finished(ids):
+            if self._is_finished(row, ids):
                 finished[row] = self.end.without_stop(ids)
             else:
                 open_rows[row] = (kept, token)
         return finished, open_rows
+
+    def _is_finished(self, row: int, ids: Sequence[int]) -> bool:
+        """True if the row's changed answer is over, or nobody wants the rest."""
+        if self.end.is_finished(ids):
+            return True
+        return self.is_settled is not None and self.is_settled(*divmod(row, self.n_datapoints), self.lm.decode(ids))
 
     # ------------------------------------------------------------ decoding rows that left the baseline
 
     def _decode(self, open_rows: dict[int, tuple[int, int]]) -> dict[int, list[int]]:
         """Continue rows from their first new token, greedily: row -> answer ids."""
         device = self.lm.device
-        rows = torch.tensor(list(open_rows), device=device)
+        numbers = list(open_rows)
+        rows = torch.tensor(numbers, device=device)
         places, groups = rows % self.n_datapoints, rows // self.n_datapoints
         windows = [self.windows[place] for place in places.tolist()]
         starts = list(zip(windows, open_rows.values(), strict=True))
@@ -201,13 +211,13 @@ class ChunkRun:
             new = self._decode_step(prefix, own, token, positions, groups[alive], self.datapoints[places[alive]])
             for i, next_token in zip(alive.tolist(), new.tolist(), strict=True):
                 ids[i].append(next_token)
-            kept = [index for index, i in enumerate(alive.tolist()) if not self.end.is_finished(ids[i])]
+            kept = [index for index, i in enumerate(alive.tolist()) if not self._is_finished(numbers[i], ids[i])]
             if len(kept) < len(alive):
                 keep = torch.tensor(kept, dtype=torch.long, device=device)
                 own = WindowCache([keys[keep] for keys in own.keys], [values[keep] for values in own.values])
                 prefix, alive = prefix.select(keep), alive[keep]
             slots = slots + 1
-        return {row: self.end.without_stop(answer) for row, answer in zip(open_rows, ids, strict=True)}
+        return {row: self.end.without_stop(answer) for row, answer in zip(numbers, ids, strict=True)}
 
     def _own_cache(self, rows: torch.Tensor, places: torch.Tensor) -> WindowCache:
         """Keys and values of the rows' windows with room for new tokens, one [row, kv head, slot, d_head] per layer.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib import engine_screen
 from lib.modeling_and_ablation import LanguageModel
 
 N_RIVALS = 512
@@ -58,6 +59,8 @@ def find_rivals(lm: LanguageModel, final: torch.Tensor) -> Rivals:
 
 def next_tokens(lm: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
     """The most likely next token of each row, [row]; hidden [row, d_model]: residual stream after the last block."""
+    if engine_screen.pays(lm.lm_head, hidden):
+        return engine_screen.VocabularyScreen.of(lm.lm_head).next_tokens(lm.final_norm(hidden))
     tokens = [
         lm.lm_head(lm.final_norm(hidden[start : start + _ROWS])).argmax(-1) for start in range(0, len(hidden), _ROWS)
     ]

@@ -11,19 +11,29 @@ from lib.neurons import Neuron
 
 ScoreAnswers = Callable[[list[dict[str, object]], list[str]], Sequence[bool]]
 """A task's `is_answer_positive`: (rows, answers) -> labels."""
+LabelIsSettled = Callable[[dict[str, object], str], bool]
+"""A task's `label_is_settled`: (row, beginning of an answer) -> whether the rest cannot change the label."""
 
 
 class FlipOracle:
     """Says which datapoints flip when a group of neurons is ablated.
 
     engine: answers for datapoints numbered as `rows`. rows: the datapoints as the task's scorer wants them.
-    baseline_labels: [datapoint] label of the un-ablated answer, by the same scorer.
+    baseline_labels: [datapoint] label of the un-ablated answer, by the same scorer. is_settled: lets the engine stop
+    where the label of a changed answer is known; answers under a single neuron, which people read, are made whole.
     """
 
-    def __init__(self, engine: AblationEngine, score: ScoreAnswers, rows: list[dict[str, object]]) -> None:
+    def __init__(
+        self,
+        engine: AblationEngine,
+        score: ScoreAnswers,
+        rows: list[dict[str, object]],
+        is_settled: LabelIsSettled | None = None,
+    ) -> None:
         self.engine = engine
         self.score = score
         self.rows = rows
+        self.is_settled = is_settled
         self._labels: dict[tuple[int, str], bool] = {}
         everything = list(range(len(rows)))
         self.baseline_labels = self._labels_of([(d, engine.baseline_answers[d]) for d in everything])
@@ -35,8 +45,12 @@ class FlipOracle:
     def flips_and_answers(
         self, groups: Sequence[Sequence[Neuron]], datapoints: Sequence[int]
     ) -> tuple[np.ndarray, AblatedAnswers]:
-        """Flips [group, datapoint] with the answers behind them."""
-        answers = self.engine.answers(groups, datapoints)
+        """Flips [group, datapoint] with the answers behind them, those of larger groups as far as they matter."""
+
+        def is_settled(group: int, datapoint: int, text: str) -> bool:
+            return len(groups[group]) > 1 and self.is_settled(self.rows[datapoint], text)
+
+        answers = self.engine.answers(groups, datapoints, is_settled=is_settled if self.is_settled else None)
         flips = np.zeros(answers.changed.shape, dtype=bool)
         keys = list(answers.texts)
         labels = self._labels_of([(int(datapoints[column]), answers.texts[group, column]) for group, column in keys])

@@ -283,12 +283,17 @@ _TO_THE_END = 100
 def _same_looks(
     nodes: _Nodes, active: np.ndarray, settings: SearchSettings
 ) -> list[tuple[np.ndarray, tuple[int, int]]]:
-    """Parts of the active nodes that need the same datapoints next: (nodes, next look on each slice)."""
+    """Parts of the active nodes that need the same datapoints next: (nodes, next look on each slice).
+
+    A group looks at one slice at a time, for flips on either are enough to split it.
+    """
     looks = nodes["look"][active].astype(np.int64)
-    states = nodes["state"][active]
+    is_open = nodes["state"][active] == _SliceState.OPEN
     alone = nodes["end"][active] - nodes["start"][active] == 1
-    to_the_end = alone & (settings.full_singles | (states == _SliceState.HIGH).any(axis=1))
-    looks = np.where(to_the_end[:, None], looks + _TO_THE_END, np.where(states == _SliceState.OPEN, looks, _NO_LOOK))
+    to_the_end = alone & (settings.full_singles | (nodes["state"][active] == _SliceState.HIGH).any(axis=1))
+    waits = np.stack([looks[:, UNRELATED] < looks[:, ASSOCIATED], looks[:, ASSOCIATED] <= looks[:, UNRELATED]], axis=1)
+    waits &= (is_open.all(axis=1) & ~alone)[:, None]
+    looks = np.where(to_the_end[:, None], looks + _TO_THE_END, np.where(is_open & ~waits, looks, _NO_LOOK))
     kinds, members = np.unique(looks, axis=0, return_inverse=True)
     return [(active[members.ravel() == kind], (int(pair[0]), int(pair[1]))) for kind, pair in enumerate(kinds)]
 
@@ -343,8 +348,8 @@ def _judge(nodes: _Nodes, active: np.ndarray, plans: tuple[LookPlan, LookPlan], 
         look = nodes["look"][active, side].astype(np.int64)
         flips = nodes["flips"][active, side]
         state = nodes["state"][active, side]
-        low = flips <= np.asarray(plan.prune_at_most)[look - 1]
-        high = flips >= np.asarray(plan.split_from)[look - 1]
+        low = (look > 0) & (flips <= np.asarray(plan.prune_at_most)[look - 1])
+        high = (look > 0) & (flips >= np.asarray(plan.split_from)[look - 1])
         found = np.where(low, _SliceState.LOW, np.where(high, _SliceState.HIGH, _SliceState.OPEN))
         nodes["state"][active, side] = np.where(state == _SliceState.OPEN, found, state)
         at_end &= look == plan.n_looks

@@ -17,7 +17,8 @@ class SearchOrder(Enum):
     """Published: one tree per layer over its candidates in random order, the root split by score sign if wanted."""
 
     ATTRIBUTION = "attribution"
-    """One forest over all layers, strongest attribution first within each sign: strong candidates share subtrees."""
+    """One forest over all layers, strongest attribution first within each tree: strong candidates share subtrees. A
+    tree holds one sign and a third of the layers."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Forest:
 
 
 NO_CUT = -1
+_N_BANDS = 3
+"""Bands of layers that have trees of their own."""
 _STRETCH = (256, 16)
 """Longest and shortest stretch of candidates that are sorted by layer."""
 PLAIN_CUT = "bisect"
@@ -85,6 +88,12 @@ def bisect_forest(
     return Forest(order, ends - sizes, ends, np.array(cuts, dtype=np.int64), tuple(names), shown)
 
 
+def _layer_bands(layers: np.ndarray) -> np.ndarray:
+    """Which third of the layers each candidate is in, 0 the earliest, [candidate]; layers without candidates apart."""
+    present, place = np.unique(layers, return_inverse=True)
+    return place * min(_N_BANDS, len(present)) // max(1, len(present))
+
+
 def attribution_forest(
     strengths: np.ndarray,
     layers: np.ndarray | None = None,
@@ -92,20 +101,21 @@ def attribution_forest(
     signs: np.ndarray | None = None,
     max_group_size: int | None = None,
 ) -> Forest:
-    """One row of all candidates, strongest first; ties keep their order. One tree, or one per sign.
+    """One row of all candidates, strongest first; ties keep their order. One tree per band of layers and sign.
 
-    Inside short stretches of like strength candidates stand by layer, so that small groups lie in few layers: an
-    ablation costs less the later its first layer. Stretches are spans of the trees, shorter among the strongest.
+    An ablation costs less the later its first layer. So a tree holds the candidates of a third of the layers, and
+    inside short stretches of like strength they stand by layer, so that small groups lie in few layers. Stretches are
+    spans of the trees, shorter among the strongest.
 
     strengths: strength that attribution promises, whatever its sign, [candidate]. layers: layer number [candidate];
     None if all are alike. signs: signed attribution [candidate], which splits the row in two (>= 0, and below); None to
     split it not. max_group_size: begin with groups of at most this size, the trees' first spans that are small enough.
     """
     by_strength = np.argsort(-np.abs(strengths), kind="stable")
-    parts = [by_strength]
+    bands = np.zeros(len(strengths), dtype=np.int64) if layers is None else _layer_bands(layers)
+    parts = [by_strength[bands[by_strength] == band] for band in np.unique(bands)]
     if signs is not None:
-        negative = signs[by_strength] < 0
-        parts = [by_strength[~negative], by_strength[negative]]
+        parts = [part[kept] for part in parts for kept in (~(signs[part] < 0), signs[part] < 0)]
     parts = [part for part in parts if len(part)]
     starts, ends, rows, begin = [], [], [], 0
     for part in parts:

@@ -240,6 +240,14 @@ class FeatureTaskSpec(ABC):
         """True if no further token can change the label of an answer that begins with `text`: decoding may stop."""
         return False
 
+    def label_is_settled(self, row: Mapping[str, Any], text: str) -> bool:
+        """True if every answer to the row's prompt that begins with `text` has the label of `text` itself.
+
+        Unlike `answer_is_complete` it may use what the row says of the right answer. The search asks it of answers
+        under groups of neurons and leaves out what cannot matter.
+        """
+        return False
+
     def get_basic_statistics(self, frame: pd.DataFrame) -> dict[str, Any]:
         """What `dataset_stats.json` says; by default the count and share of each target."""
         return target_statistics(frame, self.DEFAULT_TARGETS)

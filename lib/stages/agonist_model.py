@@ -103,7 +103,7 @@ class AgonistModel:
             batch_size=args.batch_size,
             report=self.report,
         )
-        return FlipOracle(engine, task.is_answer_positive, table.records(rows))
+        return FlipOracle(engine, task.is_answer_positive, table.records(rows), task.label_is_settled)
 
     def _table(self, regime: str, prompts: Sequence[str]) -> ReplacementTable:
         """Replacement values of a regime; RESAMPLE draws a donor per datapoint, so its table is made anew."""

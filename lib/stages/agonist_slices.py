@@ -17,9 +17,9 @@ from lib.stages.agonist_inputs import Circuit, SamplingPlan
 from lib.text_and_rules import parse_rule
 
 SIDES = ("associated", "unrelated")
-_NOISE_GROUP_SHARES = (1 / 32, 1 / 64, 1 / 128, 1 / 256)
+_NOISE_GROUP_SHARES = (1 / 32, 1 / 64)
 """Sizes of noise groups, as shares of the candidates: what is fragile shows in groups as large as those searched."""
-_NOISE_GROUPS_PER_SIZE = 3
+_NOISE_GROUPS_PER_SIZE = 4
 _WEAK_FROM = 1 / 16
 """Share of the candidates, the strongest, that noise groups leave out."""
 _LOUD = 0.25

@@ -40,6 +40,8 @@ SHOTS = (("+", "2+3=5"), ("-", "9-2=7"), ("*", "4*6=24"), ("/", "8/2=4"),
 _PROBLEM = re.compile(r"\s*([+\-]?\d+(?:\.\d+)?)\s*([+\-*/])\s*([+\-]?\d+(?:\.\d+)?)\s*=?\s*")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "∙": "*", "x": "*", "X": "*", "÷": "/", "−": "-"})
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_BEGINNING = re.compile(r"(-?)(\d+)")
+"""Sign and first digits of a number, up to a grouping comma or a decimal point."""
 _ENDS = ";\n\r"
 """Characters that end an answer: the few-shot prefix separates problems by semicolons."""
 
@@ -250,6 +252,19 @@ class ArithmeticTask(FeatureTaskSpec):
         if self.settings.answer_scoring is AnswerScoring.PUBLISHED:
             return False
         return has_ended(text, _ENDS) or number_has_ended(text.lstrip().replace("−", "-"))
+
+    def label_is_settled(self, row: Mapping[str, Any], text: str) -> bool:
+        """True once the first number has begun with other digits than a whole result, which it cannot become any more
+        (numeric scoring, and no division, where rounded results are right too)."""
+        problem = parse_problem(str(row["prompt"]))
+        if self.settings.answer_scoring is AnswerScoring.PUBLISHED or problem is None or problem.operator == "/":
+            return False
+        line, truth = first_line(text, _ENDS), problem.truth
+        begun = _BEGINNING.search(line)
+        if begun is None or not line.isascii() or truth.denominator != 1:
+            return False
+        is_negative, digits = bool(begun[1]), begun[2].lstrip("0")
+        return (truth != 0 and is_negative != (truth < 0)) or not str(abs(truth)).startswith(digits)
 
     def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[tuple]]:
         """`{operator: [(prompt, num_out, raw_output, is_correct, is_pure), ...]}`."""

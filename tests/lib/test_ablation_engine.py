@@ -176,3 +176,45 @@ def test_answers_end_where_the_task_says_so():
             ended = actual.texts.get((g, d), cut.baseline_answers[d])
             assert first_digit(whole) == first_digit(ended)
     assert cut.counters.n_diverged <= full.counters.n_diverged
+
+
+def test_a_settled_answer_is_left_there_and_nothing_else_changes():
+    lm = tiny_model("llama", seed=3)
+    groups = random_groups(lm, seed=4, n_groups=8)
+    engine = make_engine(lm, Intervention.MEAN)
+    whole = engine.answers(groups, range(8))
+
+    def is_settled(group, datapoint, text):
+        # One group and datapoint at a time: a wrong place would be noticed.
+        return group % 2 == 0 and datapoint % 3 == 0 and len(text) >= 1
+
+    cut = engine.answers(groups, [7, *range(7)], is_settled=is_settled)
+    places = [7, *range(7)]
+    assert (cut.changed == whole.changed[:, places]).all()
+    n_shorter = 0
+    for (group, column), text in cut.texts.items():
+        datapoint = places[column]
+        expected = whole.texts[group, datapoint]
+        assert expected.startswith(text)
+        n_shorter += text != expected
+        assert text == expected or is_settled(group, datapoint, text)
+    assert n_shorter > 0
+
+
+@pytest.mark.parametrize("fewest", [1, 10**9])
+def test_windows_of_unlike_length_together_or_apart(monkeypatch, fewest):
+    monkeypatch.setattr("lib.ablation_engine._FEWEST_ROWS", fewest)
+    lm = tiny_model("qwen2", seed=6)
+    engine = make_engine(lm, Intervention.MEAN_POSITIONAL, decode_only=False)
+    assert len(engine._parts(range(8), 3)) == (1 if fewest > 1 else len({len(w.tokens) for w in engine._windows}))
+    groups = random_groups(lm, seed=5, n_groups=3)
+    assert_equal_to_naive(lm, engine, groups, [5, 0, 7, 2], decode_only=False, scope=DecodeScope.ANSWER)
+
+
+def test_screened_logits_give_the_same_answers(monkeypatch):
+    monkeypatch.setattr("lib.engine_screen.pays", lambda head, state: True)
+    monkeypatch.setattr("lib.engine_logits.N_RIVALS", 1)
+    lm = tiny_model("llama", seed=9)
+    engine = make_engine(lm, Intervention.ZERO)
+    groups = random_groups(lm, seed=3, n_groups=6)
+    assert assert_equal_to_naive(lm, engine, groups, range(8), decode_only=True, scope=DecodeScope.ANSWER) > 0

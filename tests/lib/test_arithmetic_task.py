@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib.answers import first_line, first_number
@@ -203,6 +203,46 @@ def test_a_complete_answer_keeps_its_label_whatever_follows(problem, start, rest
     prompt = f"{a}{operator}{b}="
     if task().answer_is_complete(start):
         assert label(prompt, start + rest) == label(prompt, start)
+
+
+@given(PROBLEMS, st.text("0123456789.,;-−= \nab٣", max_size=8), st.text("0123456789.,;-= \nab", max_size=6))
+@example(("0", "+", "1"), "1,234", "5")
+@example(("1", "+", "2"), "٣", "4")
+def test_a_settled_label_stays_whatever_follows(problem, start, rest):
+    a, operator, b = problem
+    if operator == "/" and b == 0:
+        return
+    prompt = f"{a}{operator}{b}="
+    if task().label_is_settled({"prompt": prompt}, start):
+        assert label(prompt, start + rest) == label(prompt, start)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "settled"),
+    [
+        ("8+8=", "1", False),
+        ("8+8=", "16", False),
+        ("8+8=", "7", True),
+        ("8+8=", " 15", True),
+        ("8+8=", "x", False),
+        ("8+8=", "-1", True),
+        ("8+8=", "0", False),
+        ("8+8=", "0016", False),
+        ("3-9=", "−", False),
+        ("3-9=", "−6", False),
+        ("3-9=", "6", True),
+        ("5-5=", "-0", False),
+        ("5-5=", "1", True),
+        ("1/3=", "7", False),
+        ("1.5+1=", "7", False),
+    ],
+)
+def test_when_a_label_is_settled(prompt, text, settled):
+    assert task().label_is_settled({"prompt": prompt}, text) is settled
+
+
+def test_published_scoring_settles_nothing_early():
+    assert not task(answer_scoring=AnswerScoring.PUBLISHED).label_is_settled({"prompt": "8+8="}, "7")
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,28 @@ def test_forest_orders_by_strength_and_splits_by_sign():
     assert attribution_forest(strengths).order.tolist() == [1, 3, 2, 4, 0]
 
 
+def test_each_third_of_the_layers_has_its_own_trees():
+    strengths = np.array([1.0, 5.0, 3.0, 4.0, 2.0, 6.0])
+    forest = attribution_forest(strengths, np.array([9, 0, 4, 4, 0, 9]), signs=np.array([1.0, -1, 1, 1, 1, 1]))
+    trees = [forest.order[a:b].tolist() for a, b in zip(forest.starts, forest.ends, strict=True)]
+    assert trees == [[4], [1], [3, 2], [5, 0]]
+    # With fewer layers than bands each layer is one.
+    two = attribution_forest(strengths, np.array([7, 7, 7, 2, 2, 2]))
+    assert [two.order[a:b].tolist() for a, b in zip(two.starts, two.ends, strict=True)] == [[5, 3, 4], [1, 2, 0]]
+
+
+def test_a_group_split_by_one_slice_does_not_cost_the_other():
+    # Candidate 0 flips every associated datapoint, so its groups are split before an unrelated one is looked at.
+    oracle = PlantedOracle({0: range(64)}, n_candidates=8, n_datapoints=128)
+    records = list(search(attribution_forest(np.zeros(8)), SLICES, oracle, SearchSettings()).records())
+    split = [record for record in records if record.verdict is Verdict.SPLIT]
+    assert len(split) == 3
+    assert all(record.n_evaluated == (8, 0) and record.n_flips == (8, 0) for record in split)
+    # What is pruned has been seen on both, and so has a single agonist, in full.
+    assert {r.n_evaluated for r in records if r.verdict is Verdict.PRUNED} == {(20, 20)}
+    assert [r.n_evaluated for r in records if 0 in r.members and len(r.members) == 1] == [(64, 64)]
+
+
 def test_sparse_agonists_cost_about_k_log_n_over_k():
     n, k = 100_000, 10
     flips, agonists = sparse_flips(n, k, 128, 0)
