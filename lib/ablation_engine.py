@@ -17,12 +17,13 @@ import torch
 
 from lib.cli import Report, UserError
 from lib.engine_chunk import AnswerEnd, ChunkRun, Places
-from lib.engine_forward import leaving_stage
+from lib.engine_forward import Prefix, leaving_stage
 from lib.engine_logits import Rivals, find_rivals
-from lib.engine_state import BaselineState, Site, Window, compute_baseline, n_kv_heads
+from lib.engine_state import BaselineState, Site, Window, compute_baseline, n_kv_heads, prefill
 from lib.interventions import DecodeScope, ReplacementTable
-from lib.modeling_and_ablation import LanguageModel
+from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
+from lib.prefix import KeysAndValues
 
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
@@ -83,16 +84,24 @@ class AblationEngine:
         self.memory_bytes = memory_mb * 2**20
         self.counters = EngineCounters()
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
-        baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
+        longest = (0,) * max_new_tokens
+        self._longest = [_window(ids, longest, decode_only, decode_scope) for ids in prompt_ids]
+        """Windows as they would be if all answers were as long as they may be: memory is shared out by these."""
+        self._blocks = self._make_blocks()
+        self._block_of = {
+            d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)
+        }
+        self._prefixes: dict[int, Prefix] = {}
+        """Of blocks whose state is still to be computed, as far as memory allows."""
+        if decode_only and decode_scope is DecodeScope.ANSWER:
+            baseline = self._answers_behind_prefixes(prompt_ids, batch_size, report)
+        else:
+            baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self.baseline_answers = [generation.answer for generation in baseline]
         self._windows = [
             _window(ids, self.end.tokens_that_matter(generation), decode_only, decode_scope)
             for ids, generation in zip(prompt_ids, baseline, strict=True)
         ]
-        self._blocks = self._make_blocks()
-        self._block_of = {
-            d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)
-        }
         self._states: dict[int, BaselineState] = {}
         self._rivals_of: dict[int, Rivals] = {}
         self._known: set[Neuron] = set()
@@ -277,18 +286,41 @@ class AblationEngine:
                 )
         self._known |= unseen
 
+    def _answers_behind_prefixes(
+        self, prompt_ids: Sequence[list[int]], batch_size: int, report: Report | None
+    ) -> list[Generation]:
+        """The model's own answers; the prompts' keys and values, computed for it, are kept for the blocks' states."""
+        bar = report.progress(range(len(prompt_ids)), unit="prompt", desc="answers") if report else iter(prompt_ids)
+        answers: dict[int, Generation] = {}
+        for number, block in enumerate(self._blocks):
+            ids = [prompt_ids[d] for d in block]
+            prefix = prefill(self.lm, [row[:-1] for row in ids])
+
+            def known(rows: list[int], prefix: Prefix = prefix) -> KeysAndValues:
+                part = prefix.select(torch.tensor(rows, device=self.lm.device))
+                return list(zip(part.keys, part.values, strict=True))
+
+            n_known = [len(row) - 1 for row in ids]
+            found = self.lm.generate_after(
+                ids, n_known, known, self.end.max_new_tokens, batch_size=batch_size, bar=bar
+            )  # fmt: skip
+            answers.update(zip(block, found, strict=True))
+            if prefix.n_bytes + sum(kept.n_bytes for kept in self._prefixes.values()) <= self.memory_bytes / 2:
+                self._prefixes[number] = prefix
+        next(bar, None)
+        return [answers[d] for d in range(len(prompt_ids))]
+
     def _make_blocks(self) -> list[list[int]]:
         """Datapoints of similar length together, as many as fit into the memory for baseline states."""
-        order = sorted(
-            range(len(self._windows)), key=lambda i: (len(self._windows[i].prefix), len(self._windows[i].tokens), i)
-        )
+        windows = self._longest
+        order = sorted(range(len(windows)), key=lambda i: (len(windows[i].prefix), len(windows[i].tokens), i))
         size = self.lm.dtype.itemsize
         parts = 3 if self.lm.is_parallel else 2
         kv_width = 2 * n_kv_heads(self.lm) * self.lm.d_head
         blocks: list[list[int]] = [[]]
         used = 0
         for datapoint in order:
-            window = self._windows[datapoint]
+            window = windows[datapoint]
             length = len(window.tokens)
             per_layer = parts * length * self.lm.d_model + (len(window.prefix) + length) * kv_width
             cost = self.lm.n_layers * per_layer * size
@@ -303,7 +335,8 @@ class AblationEngine:
         """Baseline of a block; the least recently used ones are dropped when memory is short."""
         state = self._states.pop(number, None)
         if state is None:
-            state = compute_baseline(self.lm, [self._windows[d] for d in self._blocks[number]])
+            windows = [self._windows[d] for d in self._blocks[number]]
+            state = compute_baseline(self.lm, windows, self._prefixes.pop(number, None))
             while (
                 self._states
                 and state.n_bytes + sum(other.n_bytes for other in self._states.values()) > self.memory_bytes

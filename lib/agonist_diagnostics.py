@@ -16,9 +16,9 @@ import pandas as pd
 
 from lib.cli import UserError
 from lib.correlation import correlate
+from lib.group_testing import SIDES
 from lib.neurons import Neuron
 
-SIDES = ("associated", "unrelated")
 DIFFERENCE = "associated_minus_unrelated"
 """Scope of a correlation of differences; the other scopes are the sides."""
 SALIENCY_FORMULAS = {

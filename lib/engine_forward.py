@@ -67,6 +67,11 @@ class Prefix:
     bias: torch.Tensor
     """[datapoint, position]: 0 for a token, -inf for padding."""
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory held."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
     def select(self, datapoints: torch.Tensor) -> Prefix:
         """The prefix of some datapoints (which may repeat), trimmed to the longest."""
         bias = self.bias[datapoints]

@@ -105,9 +105,12 @@ class BaselineState:
         )
 
 
-def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineState:
-    """Run the model once on the windows of some datapoints and keep every layer's intermediate results."""
-    prefix = _prefill(lm, [window.prefix for window in windows])
+def compute_baseline(lm: LanguageModel, windows: Sequence[Window], prefix: Prefix | None = None) -> BaselineState:
+    """Run the model once on the windows of some datapoints and keep every layer's intermediate results.
+
+    prefix: that of the windows, where it is known.
+    """
+    prefix = prefix or prefill(lm, [window.prefix for window in windows])
     prefix_length = torch.tensor([len(window.prefix) for window in windows], device=lm.device)
     window_length = torch.tensor([len(window.tokens) for window in windows], device=lm.device)
     width = max(1, int(window_length.max()))
@@ -199,7 +202,7 @@ class _Hooks:
             handle.remove()
 
 
-def _prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
+def prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
     """Keys and values of the prefixes, right-padded; tokens that all begin with are run once."""
     n_common = common_prefix_length(prefixes)
     common = _extend(lm, _nothing(lm, 1), [prefixes[0][:n_common]], 0) if n_common else _nothing(lm, 1)

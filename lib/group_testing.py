@@ -22,6 +22,7 @@ from lib.confidence_bounds import LookPlan, plan_looks, upper_flip_rate
 from lib.search_orders import NO_CUT, PLAIN_CUT, Forest
 
 ASSOCIATED, UNRELATED = 0, 1
+SIDES = ("associated", "unrelated")
 DEFAULT_LOOKS = (8, 20, 32, 48)
 _MAX_GROUPS_PER_CALL = 1 << 16
 
@@ -285,14 +286,14 @@ def _same_looks(
 ) -> list[tuple[np.ndarray, tuple[int, int]]]:
     """Parts of the active nodes that need the same datapoints next: (nodes, next look on each slice).
 
-    A group looks at one slice at a time, for flips on either are enough to split it.
+    With several looks a group takes one slice at a time, for flips on either are enough to split it.
     """
     looks = nodes["look"][active].astype(np.int64)
     is_open = nodes["state"][active] == _SliceState.OPEN
     alone = nodes["end"][active] - nodes["start"][active] == 1
     to_the_end = alone & (settings.full_singles | (nodes["state"][active] == _SliceState.HIGH).any(axis=1))
     waits = np.stack([looks[:, UNRELATED] < looks[:, ASSOCIATED], looks[:, ASSOCIATED] <= looks[:, UNRELATED]], axis=1)
-    waits &= (is_open.all(axis=1) & ~alone)[:, None]
+    waits &= (is_open.all(axis=1) & ~alone)[:, None] & bool(settings.looks)
     looks = np.where(to_the_end[:, None], looks + _TO_THE_END, np.where(is_open & ~waits, looks, _NO_LOOK))
     kinds, members = np.unique(looks, axis=0, return_inverse=True)
     return [(active[members.ravel() == kind], (int(pair[0]), int(pair[1]))) for kind, pair in enumerate(kinds)]

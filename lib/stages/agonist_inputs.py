@@ -214,7 +214,7 @@ class SamplingPlan:
         Raises:
             UserError: the table's content is not what the plan was made from.
         """
-        if self.scores_sha256 is not None and self.scores_sha256 != file_digest(scores_path):
+        if self.scores_sha256 not in (None, file_digest(scores_path)):
             raise UserError(f"{self.path} was made from other contents of {scores_path}; run stage 4 again")
 
     def entry(self, circuit: Circuit) -> dict[str, Any] | None:

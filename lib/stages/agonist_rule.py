@@ -13,7 +13,7 @@ from lib.agonist_files import TestedGroup, ablation_records, layers_of
 from lib.cli import rng
 from lib.confidence_bounds import Interval, flip_rate_interval, rate_difference_interval, upper_flip_rate
 from lib.group_test_log import FLIPPED
-from lib.group_testing import GroupRecord, SearchResult, Slices, Verdict, search, sweep
+from lib.group_testing import SIDES, GroupRecord, SearchResult, Slices, Verdict, search, sweep
 from lib.search_audit import SearchAudit, audit_pruned
 from lib.search_orders import Forest, SearchOrder, attribution_forest, bisect_forest
 from lib.stages.agonist_prepare import PreparedRule, RuleOptions
@@ -69,7 +69,7 @@ class Agonist:
         """Keys added to bucket records and rule files."""
         confirmed, selectivity = self.confirmed or (None,) * 3, self.selectivity or (None,) * 3
         return {
-            "slice": ("associated", "unrelated")[self.side],
+            "slice": SIDES[self.side],
             "observed_rate": self.observed_rate,
             "confirmed_rate": confirmed[0],
             "confirmed_low": confirmed[1],

@@ -11,12 +11,11 @@ import numpy as np
 from lib.artifacts import expecting
 from lib.cli import UserError, rng
 from lib.confidence_bounds import min_datapoints_to_prune
-from lib.group_testing import Oracle
+from lib.group_testing import SIDES, Oracle
 from lib.scores_table import ScoresTable
 from lib.stages.agonist_inputs import Circuit, SamplingPlan
 from lib.text_and_rules import parse_rule
 
-SIDES = ("associated", "unrelated")
 _NOISE_GROUP_SHARES = (1 / 32, 1 / 64)
 """Sizes of noise groups, as shares of the candidates: what is fragile shows in groups as large as those searched."""
 _NOISE_GROUPS_PER_SIZE = 4

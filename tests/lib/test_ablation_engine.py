@@ -108,10 +108,7 @@ def test_small_memory_and_order_do_not_change_answers():
     lm = tiny_model("llama", seed=5)
     groups = random_groups(lm, seed=1, n_groups=12)
     wide = make_engine(lm, Intervention.MEAN_POSITIONAL).answers(groups, range(8))
-    narrow = make_engine(lm, Intervention.MEAN_POSITIONAL)
-    narrow.memory_bytes = 20_000
-    narrow._blocks = narrow._make_blocks()
-    narrow._block_of = {d: (n, p) for n, block in enumerate(narrow._blocks) for p, d in enumerate(block)}
+    narrow = make_engine(lm, Intervention.MEAN_POSITIONAL, memory_mb=0.02)
     assert len(narrow._blocks) > 1
     backwards = narrow.answers(groups[::-1], list(range(8))[::-1])
     assert (backwards.changed[::-1, ::-1] == wide.changed).all()

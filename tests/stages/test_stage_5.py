@@ -11,6 +11,7 @@ from lib.artifacts import read_json, read_npz, write_json
 from lib.cli import size_or_share
 from lib.flip_candidates import discovery_rows
 from lib.scores_table import load_scores
+from lib.stages.pair_jobs import check_plan
 from lib.task_spec import resolve_task_spec
 from tests.scripts import run_script
 from tests.stages.small_world import make_world, stage_4_arguments, stage_5_arguments
@@ -338,6 +339,14 @@ def test_mistakes_are_one_line_and_exit_2(world, capsys, extra, message):
 
     assert run_script(SCRIPT, [*stage_5_arguments(world), "--output_data_dir", str(world / "wrong"), *extra]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_plan_without_a_digest_of_the_table_is_taken(world):
+    plan = read_json(world / "plan.json", "plan")
+    task = resolve_task_spec("lib.tasks.arithmetic_task")
+    table = load_scores(world / "features", task)
+    for change in ({"scores_sha256": None}, {}):
+        check_plan({**plan, **change}, world / "plan.json", table, table.train_rows, plan["ai_model"])
 
 
 @pytest.mark.parametrize(
