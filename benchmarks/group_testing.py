@@ -24,7 +24,7 @@ from lib.cli import Report, build_parser, rng  # noqa: E402
 from lib.confidence_bounds import upper_flip_rate  # noqa: E402
 from lib.group_testing import SearchResult, SearchSettings, Slices, search  # noqa: E402
 from lib.search_orders import Forest, attribution_forest, bisect_forest  # noqa: E402
-from lib.stages.agonist_slices import noise_rates  # noqa: E402
+from lib.stages.agonist_slices import noise_groups, noise_rates  # noqa: E402
 from tests.lib.planted_oracle import PlantedOracle, crowded_flips, noisy_scores, sparse_flips  # noqa: E402
 
 N_LAYERS = 30
@@ -74,7 +74,8 @@ class World:
 
 def calm_world(world: World, n_points: int) -> World:
     """The world on datapoints that random weak groups rarely flip."""
-    noise = noise_rates(PlantedOracle(world.flips), world.scores, np.arange(n_points), rng(0, "noise"))
+    groups = noise_groups(world.scores, rng(0, "noise"))
+    noise = noise_rates(PlantedOracle(world.flips)(groups, np.arange(n_points)))
     calm = np.flatnonzero(noise <= 0.2)
     associated, unrelated = calm[:N_POINTS], calm[N_POINTS : 2 * N_POINTS]
     slices = Slices(associated, unrelated, (noise[associated] + 0.02, noise[unrelated] + 0.02))

@@ -23,7 +23,8 @@ from lib.stages.agonist_slices import (
     Skipped,
     SliceUse,
     assign_slice,
-    noise_rates,
+    noise_groups,
+    noise_of_slices,
     pools_of,
     rows_to_prepare,
     search_pool,
@@ -181,13 +182,15 @@ class RulePreparer:
         """Say which datapoints are searched on and which confirm, without noisy ones among the former."""
         args, starts = self.args, (0, len(agrees[0]))
         places = [search_pool(good, n) for good, n in zip(agrees, self._wanted, strict=True)]
-        noise = np.zeros(sum(map(len, places)))
-        if args.max_noise < 1.0 and len(noise):
-            positions = np.concatenate([start + place for start, place in zip(starts, places, strict=True)])
+        noise = [np.zeros(len(pool)) for pool in places]
+        if args.max_noise < 1.0 and sum(map(len, places)):
             generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
-            noise = noise_rates(oracle, circuit.strengths, positions, generator)
+            groups = noise_groups(circuit.strengths, generator)
+            points = [start + pool for start, pool in zip(starts, places, strict=True)]
+            noise = noise_of_slices(oracle, groups, points, self._wanted, args.max_noise)
+            places = [pool[: len(rates)] for pool, rates in zip(places, noise, strict=True)]
         n_needed = min_datapoints_to_prune(args.search_epsilon, args.prune_alpha / 2)
-        parts = zip(starts, agrees, places, np.split(noise, [len(places[0])]), self._wanted, strict=True)
+        parts = zip(starts, agrees, places, noise, self._wanted, strict=True)
         first, second = (
             assign_slice(
                 start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from lib.text_and_rules import parse_rule
 _NOISE_GROUP_SHARES = (1 / 32, 1 / 64)
 """Sizes of noise groups, as shares of the candidates: what is fragile shows in groups as large as those searched."""
 _NOISE_GROUPS_PER_SIZE = 4
+_EXTRA_PLACES = (1 / 8, None)
+"""How many more datapoints than are wanted are asked for their noise, as a share; None: all there are."""
 _WEAK_FROM = 1 / 16
 """Share of the candidates, the strongest, that noise groups leave out."""
 _LOUD = 0.25
@@ -120,22 +123,47 @@ def search_pool(agrees: np.ndarray, n_search: int) -> np.ndarray:
     return np.flatnonzero(agrees)[: n_search + _n_spare(n_search)]
 
 
-def noise_rates(
-    oracle: Oracle, scores: np.ndarray, datapoints: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    """Share of random groups of weak candidates that flip each datapoint, [datapoint].
-
-    A datapoint that hangs by a hair flips under nearly any group: it tells no candidate from another, and a few such
-    datapoints keep every group from being pruned. Groups of several sizes leave out the strongest candidates; one that
-    flips many of the datapoints is not counted. scores: attribution [candidate].
-    """
+def noise_groups(scores: np.ndarray, generator: np.random.Generator) -> list[tuple[int, ...]]:
+    """Random groups of weak candidates, of several sizes, without the strongest; scores: attribution [candidate]."""
     n = len(scores)
     weak = np.argsort(-np.abs(scores), kind="stable")[int(_WEAK_FROM * n) :]
     sizes = sorted({max(1, int(share * n)) for share in _NOISE_GROUP_SHARES}) * _NOISE_GROUPS_PER_SIZE
     drawn = [tuple(np.sort(generator.choice(weak, size, replace=False)).tolist()) for size in sizes]
-    flips = np.asarray(oracle(list(dict.fromkeys(drawn)), datapoints))
+    return list(dict.fromkeys(drawn))
+
+
+def noise_rates(flips: np.ndarray) -> np.ndarray:
+    """Share of noise groups that flip each datapoint, [datapoint]; flips [group, datapoint].
+
+    A datapoint that hangs by a hair flips under nearly any group: it tells no candidate from another, and a few such
+    datapoints keep every group from being pruned. A group that flips many of the datapoints is not counted.
+    """
     quiet = flips[flips.mean(axis=1) <= _LOUD]
-    return quiet.mean(axis=0) if len(quiet) else np.zeros(len(datapoints))
+    return quiet.mean(axis=0) if len(quiet) else np.zeros(flips.shape[1])
+
+
+def noise_of_slices(
+    oracle: Oracle,
+    groups: list[tuple[int, ...]],
+    slices: Sequence[np.ndarray],
+    n_wanted: Sequence[int],
+    max_noise: float,
+) -> list[np.ndarray]:
+    """Noise of each slice's first datapoints, as many as it takes for `n_wanted` calm ones: [datapoint] per slice."""
+    flips = [np.zeros((len(groups), 0), dtype=bool) for _ in slices]
+    noise = [np.zeros(0) for _ in slices]
+    for extra in _EXTRA_PLACES:
+        new = []
+        for points, rates, n in zip(slices, noise, n_wanted, strict=True):
+            end = len(points) if extra is None else n + int(extra * n)
+            new.append(points[len(rates) : end if (rates <= max_noise).sum() < n else len(rates)])
+        if not sum(map(len, new)):
+            break
+        found = np.asarray(oracle(groups, np.concatenate(new)), dtype=bool)
+        parts = np.split(found, [len(new[0])], axis=1)
+        flips = [np.concatenate(pair, axis=1) for pair in zip(flips, parts, strict=True)]
+        noise = np.split(noise_rates(np.concatenate(flips, axis=1)), [flips[0].shape[1]])
+    return noise
 
 
 def assign_slice(

@@ -14,6 +14,7 @@ the operands. `--answer_scoring published` labels as the published runs did (bel
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -254,17 +255,20 @@ class ArithmeticTask(FeatureTaskSpec):
         return has_ended(text, _ENDS) or number_has_ended(text.lstrip().replace("−", "-"))
 
     def label_is_settled(self, row: Mapping[str, Any], text: str) -> bool:
-        """True once the first number has begun with other digits than a whole result, which it cannot become any more
-        (numeric scoring, and no division, where rounded results are right too)."""
+        """True once the first number has another sign or begins with other digits than the result (numeric scoring).
+
+        A quotient may be rounded, to no more than the next whole number.
+        """
         problem = parse_problem(str(row["prompt"]))
-        if self.settings.answer_scoring is AnswerScoring.PUBLISHED or problem is None or problem.operator == "/":
+        if self.settings.answer_scoring is AnswerScoring.PUBLISHED or problem is None or problem.truth is None:
             return False
         line, truth = first_line(text, _ENDS), problem.truth
         begun = _BEGINNING.search(line)
-        if begun is None or not line.isascii() or truth.denominator != 1:
+        if begun is None or not line.isascii():
             return False
         is_negative, digits = bool(begun[1]), begun[2].lstrip("0")
-        return (truth != 0 and is_negative != (truth < 0)) or not str(abs(truth)).startswith(digits)
+        whole = (str(math.floor(abs(truth))), str(math.ceil(abs(truth))))
+        return (truth != 0 and is_negative != (truth < 0)) or not any(number.startswith(digits) for number in whole)
 
     def cache_from_answers(self, examples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[tuple]]:
         """`{operator: [(prompt, num_out, raw_output, is_correct, is_pure), ...]}`."""

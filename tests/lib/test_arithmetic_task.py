@@ -208,6 +208,7 @@ def test_a_complete_answer_keeps_its_label_whatever_follows(problem, start, rest
 @given(PROBLEMS, st.text("0123456789.,;-−= \nab٣", max_size=8), st.text("0123456789.,;-= \nab", max_size=6))
 @example(("0", "+", "1"), "1,234", "5")
 @example(("1", "+", "2"), "٣", "4")
+@example(("97", "/", "100"), "1", ".0")
 def test_a_settled_label_stays_whatever_follows(problem, start, rest):
     a, operator, b = problem
     if operator == "/" and b == 0:
@@ -233,8 +234,16 @@ def test_a_settled_label_stays_whatever_follows(problem, start, rest):
         ("3-9=", "6", True),
         ("5-5=", "-0", False),
         ("5-5=", "1", True),
-        ("1/3=", "7", False),
-        ("1.5+1=", "7", False),
+        ("4/2=", "1", True),
+        ("1/3=", "7", True),
+        ("1/3=", "0", False),
+        ("1/3=", "-0", True),
+        ("97/100=", "1", False),
+        ("29/2=", "15", False),
+        ("29/2=", "16", True),
+        ("1.5+1=", "7", True),
+        ("1/0=", "7", False),
+        ("no problem", "7", False),
     ],
 )
 def test_when_a_label_is_settled(prompt, text, settled):
