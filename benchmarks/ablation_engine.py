@@ -100,10 +100,11 @@ def matmul_peak(n: int = 1536) -> float:
     return max(2 * n**3 / seconds(lambda: left @ right) for _ in range(8))
 
 
-def compare(name: str, groups: list[list[Neuron]], engine: AblationEngine, naive: NaiveLoop, repeats: int) -> dict:
-    """Time both on the same groups, alternating; check that the answers are equal."""
+def compare(
+    groups: list[list[Neuron]], expected: list[list[str]], engine: AblationEngine, naive: NaiveLoop, repeats: int
+) -> dict:
+    """Time both on the same groups, alternating; check the engine's answers against the naive loop's, `expected`."""
     datapoints = range(N_DATAPOINTS)
-    expected = [naive.answers(group) for group in groups]
     result = engine.answers(groups, datapoints)
     actual = [[result.texts.get((g, d), engine.baseline_answers[d]) for d in datapoints] for g in range(len(groups))]
     naive_times, engine_times, peaks = [], [], []
@@ -115,7 +116,6 @@ def compare(name: str, groups: list[list[Neuron]], engine: AblationEngine, naive
         engine.answers(groups, datapoints)
     n_evaluations = len(groups) * N_DATAPOINTS
     return {
-        "name": name,
         "equal": actual == expected,
         "naive": n_evaluations / min(naive_times),
         "engine": n_evaluations / min(engine_times),
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer groups, under two minutes")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="numbers of threads to measure")
     args = parser.parse_args()
-    n_groups, repeats = (12, 1) if args.quick else (120, 3)
+    n_groups, repeats = (10, 1) if args.quick else (30, 2)
     lm = load_language_model("SmolLM2-135M-Instruct")
     prompts = make_prompts(N_DATAPOINTS, seed=0)
     table = build_table(lm, Intervention.MEAN_POSITIONAL, prompts, max_new_tokens=MAX_NEW_TOKENS)
@@ -139,17 +139,20 @@ def main() -> None:
     engine = AblationEngine(lm, prompts, table, max_new_tokens=MAX_NEW_TOKENS)
     naive = NaiveLoop(lm, prompts, table)
     generator = np.random.default_rng(1)
-    layers = np.arange(n_groups) % lm.n_layers
-    singles = [[Neuron(f"m{layer}", int(generator.integers(lm.d_model)))] for layer in layers]
-    groups = [
-        [Neuron(f"m{layer}", int(i)) for i in generator.choice(lm.d_model, 32, replace=False)]
-        for layer in layers[: n_groups // 2]
-    ]
+    layers = np.linspace(0, lm.n_layers - 1, n_groups).round().astype(int)
+    kinds = {
+        "singles": [[Neuron(f"m{layer}", int(generator.integers(lm.d_model)))] for layer in layers],
+        "groups of 32": [
+            [Neuron(f"m{layer}", int(i)) for i in generator.choice(lm.d_model, 32, replace=False)]
+            for layer in layers[::2]
+        ],
+    }
+    expected = {name: [naive.answers(group) for group in groups] for name, groups in kinds.items()}
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        rows.append((threads, compare("singles", singles, engine, naive, repeats)))
-        rows.append((threads, compare("groups of 32", groups, engine, naive, repeats)))
+        for name, groups in kinds.items():
+            rows.append((threads, {"name": name, **compare(groups, expected[name], engine, naive, repeats)}))
     print(f"{'threads':>7} {'groups':14} {'naive/s':>9} {'engine/s':>9} {'ratio':>6} {'changed':>8} {'peak':>6} equal")
     for threads, row in rows:
         print(

@@ -76,7 +76,7 @@ def calm_world(world: World, n_points: int) -> World:
     """The world on datapoints that random weak groups rarely flip."""
     groups = noise_groups(world.scores, rng(0, "noise"))
     noise = noise_rates(PlantedOracle(world.flips)(groups, np.arange(n_points)))
-    calm = np.flatnonzero(noise <= 0.2)
+    calm = np.flatnonzero(noise <= 0.1)
     associated, unrelated = calm[:N_POINTS], calm[N_POINTS : 2 * N_POINTS]
     slices = Slices(associated, unrelated, (noise[associated] + 0.02, noise[unrelated] + 0.02))
     return World(f"{world.name}, calm", world.flips, world.scores, slices, world.n_agonists)

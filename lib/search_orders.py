@@ -88,7 +88,7 @@ def bisect_forest(
     return Forest(order, ends - sizes, ends, np.array(cuts, dtype=np.int64), tuple(names), shown)
 
 
-def _layer_bands(layers: np.ndarray) -> np.ndarray:
+def layer_bands(layers: np.ndarray) -> np.ndarray:
     """Which third of the layers each candidate is in, 0 the earliest, [candidate]; layers without candidates apart."""
     present, place = np.unique(layers, return_inverse=True)
     return place * min(_N_BANDS, len(present)) // max(1, len(present))
@@ -112,7 +112,7 @@ def attribution_forest(
     split it not. max_group_size: begin with groups of at most this size, the trees' first spans that are small enough.
     """
     by_strength = np.argsort(-np.abs(strengths), kind="stable")
-    bands = np.zeros(len(strengths), dtype=np.int64) if layers is None else _layer_bands(layers)
+    bands = np.zeros(len(strengths), dtype=np.int64) if layers is None else layer_bands(layers)
     parts = [by_strength[bands[by_strength] == band] for band in np.unique(bands)]
     if signs is not None:
         parts = [part[kept] for part in parts for kept in (~(signs[part] < 0), signs[part] < 0)]

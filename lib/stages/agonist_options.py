@@ -51,7 +51,7 @@ def _add_datapoint_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_noise",
         type=share,
-        default=0.2,
+        default=0.1,
         help="replace search datapoints that more than this share of random weak groups flips; 1 keeps all",
     )
     group.add_argument("--n_confirm", type=count, default=64, help="fresh datapoints per slice to confirm agonists on")

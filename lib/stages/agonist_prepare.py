@@ -185,7 +185,8 @@ class RulePreparer:
         noise = [np.zeros(len(pool)) for pool in places]
         if args.max_noise < 1.0 and sum(map(len, places)):
             generator = rng(args.seed, "stage6", self.regime, circuit.target, circuit.circuit_id, "noise")
-            groups = noise_groups(circuit.strengths, generator)
+            layers = np.array([neuron.layer for neuron in circuit.neurons])
+            groups = noise_groups(circuit.strengths, generator, layers)
             points = [start + pool for start, pool in zip(starts, places, strict=True)]
             noise = noise_of_slices(oracle, groups, points, self._wanted, args.max_noise)
             places = [pool[: len(rates)] for pool, rates in zip(places, noise, strict=True)]

@@ -14,6 +14,7 @@ from lib.cli import UserError, rng
 from lib.confidence_bounds import min_datapoints_to_prune
 from lib.group_testing import SIDES, Oracle
 from lib.scores_table import ScoresTable
+from lib.search_orders import layer_bands
 from lib.stages.agonist_inputs import Circuit, SamplingPlan
 from lib.text_and_rules import parse_rule
 
@@ -123,13 +124,21 @@ def search_pool(agrees: np.ndarray, n_search: int) -> np.ndarray:
     return np.flatnonzero(agrees)[: n_search + _n_spare(n_search)]
 
 
-def noise_groups(scores: np.ndarray, generator: np.random.Generator) -> list[tuple[int, ...]]:
-    """Random groups of weak candidates, of several sizes, without the strongest; scores: attribution [candidate]."""
+def noise_groups(
+    scores: np.ndarray, generator: np.random.Generator, layers: np.ndarray | None = None
+) -> list[tuple[int, ...]]:
+    """Random groups of candidates, of several sizes, without the strongest and without the first third of the layers.
+
+    Late layers tell as much as early ones, and an ablation there costs less. scores: attribution [candidate]. layers:
+    layer number [candidate]; None if all are alike.
+    """
     n = len(scores)
     weak = np.argsort(-np.abs(scores), kind="stable")[int(_WEAK_FROM * n) :]
+    bands = np.zeros(n, dtype=np.int64) if layers is None else layer_bands(layers)
+    late = weak[bands[weak] > 0] if (bands[weak] > 0).any() else weak
     sizes = sorted({max(1, int(share * n)) for share in _NOISE_GROUP_SHARES}) * _NOISE_GROUPS_PER_SIZE
-    drawn = [tuple(np.sort(generator.choice(weak, size, replace=False)).tolist()) for size in sizes]
-    return list(dict.fromkeys(drawn))
+    draws = (generator.choice(late, min(size, len(late)), replace=False) for size in sizes)
+    return list(dict.fromkeys(tuple(np.sort(draw).tolist()) for draw in draws))
 
 
 def noise_rates(flips: np.ndarray) -> np.ndarray:

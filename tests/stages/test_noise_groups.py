@@ -64,3 +64,11 @@ def test_groups_are_weak_and_of_two_sizes():
     strongest = set(np.argsort(-np.abs(strengths))[:40].tolist())
     assert not strongest & {member for group in groups for member in group}
     assert all(list(group) == sorted(set(group)) for group in groups)
+
+
+def test_groups_leave_out_the_first_third_of_the_layers():
+    strengths, layers = np.linspace(0.1, 1.0, 640), np.arange(640) % 6
+    groups = noise_groups(strengths, rng(0, "noise"), layers)
+    assert {int(layers[member]) for group in groups for member in group} == {2, 3, 4, 5}
+    one_layer = noise_groups(strengths, rng(0, "noise"), np.full(640, 7))
+    assert one_layer == noise_groups(strengths, rng(0, "noise"))
