@@ -28,8 +28,8 @@ from lib.prefix import KeysAndValues
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
 _SMALLEST_BUDGET = 2**20
-_FEWEST_ROWS = 32
-"""Rows that are worth a trip of their own through the network."""
+_FEWEST_ROWS = 96
+"""Rows worth a trip of their own through the network: below, reading the weights again costs what it saves."""
 
 
 @dataclass

@@ -39,22 +39,27 @@ class Rivals:
 
 def find_rivals(lm: LanguageModel, final: torch.Tensor) -> Rivals:
     """Rivals at the baseline's places; final [place, d_model] is the residual stream after the last block."""
-    weight = lm.lm_head.weight
-    squares = weight.float().square().sum(1)
     n_rivals = min(N_RIVALS, lm.vocab_size - 1)
     parts = []
     for start in range(0, max(len(final), 1), 64):
         state = lm.final_norm(final[start : start + 64])
         logits = lm.lm_head(state).float()
         top, winner = logits.max(-1, keepdim=True)
-        products = (weight[winner[:, 0]] @ weight.T).float()
-        distance = (squares[None] + squares[winner] - 2 * products).clamp(min=1e-12).sqrt()
-        reach = ((top - logits) / distance).scatter(1, winner, torch.inf)
+        winners, place = winner[:, 0].unique(return_inverse=True)
+        reach = (top - logits).div_(_distances(lm, winners)[place]).scatter_(1, winner, torch.inf)
         nearest = reach.topk(n_rivals, largest=False, sorted=True)
         parts.append(Rivals(state, winner[:, 0], nearest.values, nearest.indices))
     return Rivals(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("state", "winner", "reach", "tokens"))
     )
+
+
+def _distances(lm: LanguageModel, winners: torch.Tensor) -> torch.Tensor:
+    """Distance of each winner's output vector from every token's, [winner, token]."""
+    weight = lm.lm_head.weight
+    squares = weight.float().square().sum(1)
+    products = (weight[winners] @ weight.T).float()
+    return (squares + squares[winners, None]).sub_(products, alpha=2).clamp_(min=1e-12).sqrt_()
 
 
 def next_tokens(lm: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
