@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,18 @@ def open_browser(*, width: int = 1360, height: int = 900) -> Iterator[Any]:
             driver.quit()
 
 
-def open_report(driver: Any, path: Path, timeout: float = 60.0) -> float:
-    """Open a page and wait until its script has finished; milliseconds from the start of loading until then."""
+def wait_for(driver: Any, found: Callable[[Any], Any], timeout: float = 60.0) -> Any:
+    """First true value of `found(driver)`; the browser hands some events on a moment after what caused them."""
     from selenium.webdriver.support.ui import WebDriverWait
 
+    return WebDriverWait(driver, timeout, poll_frequency=0.02).until(found)
+
+
+def open_report(driver: Any, path: Path) -> float:
+    """Open a page and wait until its script has finished; milliseconds from the start of loading until then."""
     driver.get(path.resolve().as_uri())
     ready = "return document.documentElement.dataset.ready === 'yes'"
-    WebDriverWait(driver, timeout, poll_frequency=0.02).until(lambda page: page.execute_script(ready))
+    wait_for(driver, lambda page: page.execute_script(ready))
     return driver.execute_script("return performance.now()")
 
 

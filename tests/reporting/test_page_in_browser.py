@@ -6,7 +6,7 @@ import pytest
 
 from lib.reporting.page.build import open_model, write_page
 from lib.reporting.page.inputs import PageOptions
-from tests.browser import MISSING, browser_paths, console, open_browser, open_report
+from tests.browser import MISSING, browser_paths, console, open_browser, open_report, wait_for
 from tests.report_tree import ReportWorld
 from tests.reporting.test_page import ANSWERS, HOSTILE
 
@@ -116,10 +116,11 @@ def test_the_tree_opens_down_to_every_agonist(opened, world):
     circuit = opened.find_element("css selector", ".circuit")
     press(opened, circuit.find_element("css selector", ":scope > summary"), "\n")
     tree = circuit.find_element("css selector", ".tree")
-    root = tree.find_element("css selector", "ul > li > details")
+    # An opened <details> says so in an event of its own, after the key press: what grows then is waited for.
+    root = wait_for(opened, lambda _: tree.find_elements("css selector", "ul > li > details"))[0]
     assert root.get_attribute("open") is None
     press(opened, root.find_element("css selector", "summary"), "\n")
-    assert len(root.find_elements("css selector", ":scope > ul > li")) == 2
+    assert len(wait_for(opened, lambda _: root.find_elements("css selector", ":scope > ul > li"))) == 2
     tree.find_element("css selector", ".tools button").click()
     found = [item.text for item in tree.find_elements("css selector", ".fate-3 + .link")]
     assert sorted(found) == sorted(map(str, world.neurons))
