@@ -16,18 +16,20 @@ import numpy as np
 import torch
 
 from lib.cli import Report, UserError
+from lib.engine_baseline import answer, compute_baseline
 from lib.engine_chunk import AnswerEnd, ChunkRun, Places
-from lib.engine_forward import Prefix, leaving_stage
+from lib.engine_forward import leaving_stage
 from lib.engine_logits import Rivals, find_rivals
-from lib.engine_state import BaselineState, Site, Window, compute_baseline, n_kv_heads, prefill
+from lib.engine_state import BaselineState, Site, Window
 from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
-from lib.prefix import KeysAndValues
 
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
 _SMALLEST_BUDGET = 2**20
+_SINGLES_WORTH_RIVALS = 12
+"""Single neurons from which on it pays to find a datapoint's rivals; larger groups move a row beyond all of them."""
 _FEWEST_ROWS = 96
 """Rows worth a trip of their own through the network: below, reading the weights again costs what it saves."""
 
@@ -87,22 +89,23 @@ class AblationEngine:
         longest = (0,) * max_new_tokens
         self._longest = [_window(ids, longest, decode_only, decode_scope) for ids in prompt_ids]
         """Windows as they would be if all answers were as long as they may be: memory is shared out by these."""
+        self._states: dict[int, BaselineState] = {}
         self._blocks = self._make_blocks()
+        if decode_only and decode_scope is DecodeScope.ANSWER:
+            baseline = self._answer_by_blocks(prompt_ids, report)
+        else:
+            baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self._block_of = {
             d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)
         }
-        self._prefixes: dict[int, Prefix] = {}
-        """Of blocks whose state is still to be computed, as far as memory allows."""
-        if decode_only and decode_scope is DecodeScope.ANSWER:
-            baseline = self._answers_behind_prefixes(prompt_ids, batch_size, report)
-        else:
-            baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self.baseline_answers = [generation.answer for generation in baseline]
         self._windows = [
             _window(ids, self.end.tokens_that_matter(generation), decode_only, decode_scope)
             for ids, generation in zip(prompt_ids, baseline, strict=True)
         ]
-        self._states: dict[int, BaselineState] = {}
+        for number, state in self._states.items():
+            lengths = [len(self._windows[d].tokens) for d in self._blocks[number]]
+            self._states[number] = state.cut(torch.tensor(lengths, device=lm.device))
         self._rivals_of: dict[int, Rivals] = {}
         self._known: set[Neuron] = set()
 
@@ -202,7 +205,7 @@ class AblationEngine:
         """Run all groups on some datapoints of a block, in chunks: (group numbers, changed answers by place)."""
         places = torch.tensor([self._block_of[d][1] for d in members], device=self.lm.device)
         state = self._state(number).select(places)
-        decided = self._places(state, members)
+        decided = self._places(state, members, sum(len(group) == 1 for group in groups))
         if decided is None:
             yield order, {}
             return
@@ -227,7 +230,7 @@ class AblationEngine:
     def _chunk_size(self, state: BaselineState) -> tuple[int, int]:
         """How many groups go through the network together, and how many rows are decoded together."""
         n_datapoints, width = state.tokens.shape
-        kv_values = 2 * state.keys[0].shape[1] * self.lm.d_head * self.lm.n_layers
+        kv_values = 2 * self.lm.n_kv_heads * self.lm.d_head * self.lm.n_layers
         widest = 20 * self.lm.d_model
         scores = 2 * self.lm.n_heads * (state.prefix.bias.shape[1] + width)
         row_bytes = self.lm.dtype.itemsize * width * (kv_values + widest + scores)
@@ -243,8 +246,8 @@ class AblationEngine:
         if self.lm.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _places(self, state: BaselineState, members: list[int]) -> Places | None:
-        """Where these datapoints decide answer tokens; None if none does."""
+    def _places(self, state: BaselineState, members: list[int], n_singles: int) -> Places | None:
+        """Where these datapoints decide answer tokens; None if none does. n_singles: groups of one neuron to come."""
         found = [
             (row, window.first_prediction + number - window.first_token, number, window.answer[number])
             for row, window in enumerate(self._windows[d] for d in members)
@@ -256,7 +259,9 @@ class AblationEngine:
         row_tensor, position_tensor, expected_tensor = (
             torch.tensor(column, device=self.lm.device) for column in (rows, positions, expected)
         )
-        rivals = self._rivals(state, members, row_tensor, position_tensor)
+        is_known = all(datapoint in self._rivals_of for datapoint in members)
+        is_worth_it = is_known or n_singles >= _SINGLES_WORTH_RIVALS
+        rivals = self._rivals(state, members, row_tensor, position_tensor) if is_worth_it else None
         return Places(row_tensor, position_tensor, list(numbers), expected_tensor, rivals)
 
     def _rivals(self, state: BaselineState, members: list[int], rows: torch.Tensor, positions: torch.Tensor) -> Rivals:
@@ -286,27 +291,29 @@ class AblationEngine:
                 )
         self._known |= unseen
 
-    def _answers_behind_prefixes(
-        self, prompt_ids: Sequence[list[int]], batch_size: int, report: Report | None
-    ) -> list[Generation]:
-        """The model's own answers; the prompts' keys and values, computed for it, are kept for the blocks' states."""
+    def _answer_by_blocks(self, prompt_ids: Sequence[list[int]], report: Report | None) -> list[Generation]:
+        """The model's own answers; the blocks' states, computed on the way, are kept as far as memory allows.
+
+        A block that does not fit into memory is halved.
+        """
         bar = report.progress(range(len(prompt_ids)), unit="prompt", desc="answers") if report else iter(prompt_ids)
         answers: dict[int, Generation] = {}
-        for number, block in enumerate(self._blocks):
-            ids = [prompt_ids[d] for d in block]
-            prefix = prefill(self.lm, [row[:-1] for row in ids])
-
-            def known(rows: list[int], prefix: Prefix = prefix) -> KeysAndValues:
-                part = prefix.select(torch.tensor(rows, device=self.lm.device))
-                return list(zip(part.keys, part.values, strict=True))
-
-            n_known = [len(row) - 1 for row in ids]
-            found = self.lm.generate_after(
-                ids, n_known, known, self.end.max_new_tokens, batch_size=batch_size, bar=bar
-            )  # fmt: skip
+        number = 0
+        while number < len(self._blocks):
+            block = self._blocks[number]
+            try:
+                found, state = answer(self.lm, [prompt_ids[d] for d in block], self.end.max_new_tokens)
+            except (torch.OutOfMemoryError, MemoryError):
+                self._shrink()
+                middle = (len(block) + 1) // 2
+                self._blocks[number : number + 1] = [part for part in (block[:middle], block[middle:]) if part]
+                continue
             answers.update(zip(block, found, strict=True))
-            if prefix.n_bytes + sum(kept.n_bytes for kept in self._prefixes.values()) <= self.memory_bytes / 2:
-                self._prefixes[number] = prefix
+            if state.n_bytes + sum(kept.n_bytes for kept in self._states.values()) <= self.memory_bytes:
+                self._states[number] = state
+            number += 1
+            for _ in block:
+                next(bar, None)
         next(bar, None)
         return [answers[d] for d in range(len(prompt_ids))]
 
@@ -316,7 +323,7 @@ class AblationEngine:
         order = sorted(range(len(windows)), key=lambda i: (len(windows[i].prefix), len(windows[i].tokens), i))
         size = self.lm.dtype.itemsize
         parts = 3 if self.lm.is_parallel else 2
-        kv_width = 2 * n_kv_heads(self.lm) * self.lm.d_head
+        kv_width = 2 * self.lm.n_kv_heads * self.lm.d_head
         blocks: list[list[int]] = [[]]
         used = 0
         for datapoint in order:
@@ -336,7 +343,7 @@ class AblationEngine:
         state = self._states.pop(number, None)
         if state is None:
             windows = [self._windows[d] for d in self._blocks[number]]
-            state = compute_baseline(self.lm, windows, self._prefixes.pop(number, None))
+            state = compute_baseline(self.lm, windows)
             while (
                 self._states
                 and state.n_bytes + sum(other.n_bytes for other in self._states.values()) > self.memory_bytes

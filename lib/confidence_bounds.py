@@ -17,7 +17,7 @@ NEVER = -1
 """A boundary of `NEVER` flips cannot be met."""
 # A group is given up at a look if, going by what was seen so far, it would end up pruned less often than this. Pruning
 # saves the tests of its parts, looking on costs datapoints; `benchmarks/RESULTS.md` has what values cost where.
-_FUTILITY = 0.2
+_FUTILITY = 0.1
 # Error spent up to a look at share t of the datapoints: alpha * t ** _SPENDING_POWER. At 0.5 looks at 8, 16, 32 and 64
 # keep the boundary of the single look at 64 and prune a group without flips at half the cost.
 _SPENDING_POWER = 0.5

@@ -9,12 +9,12 @@ import torch
 
 from lib.architectures import attention_replaced, embed, run_block
 from lib.engine_forward import (
-    MINUS_INFINITY,
     Editor,
     GroupEdits,
     Prefix,
     WindowCache,
     causal_bias,
+    filled_slots,
     shared_attention,
 )
 from lib.engine_logits import Rivals, next_tokens, next_tokens_near
@@ -59,14 +59,14 @@ class Places:
     """Where the datapoints' windows decide answer tokens: the baseline's prediction places of a block's selection.
 
     rows, positions [place]: datapoint row and window position. numbers: which answer token is decided there. expected
-    [place]: the baseline's token. rivals: see `engine_logits`.
+    [place]: the baseline's token. rivals: see `engine_logits`; None where finding them would cost more than it saves.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     numbers: list[int]
     expected: torch.Tensor
-    rivals: Rivals
+    rivals: Rivals | None
 
 
 class ChunkRun:
@@ -165,7 +165,11 @@ class ChunkRun:
         (row -> (number of answer tokens kept, the first new token)).
         """
         places = self.places
-        predicted = next_tokens_near(self.lm, places.rivals, hidden[:, places.rows, places.positions])
+        deciding = hidden[:, places.rows, places.positions]
+        if places.rivals is None:
+            predicted = next_tokens(self.lm, deciding.flatten(0, 1)).view(deciding.shape[:2])
+        else:
+            predicted = next_tokens_near(self.lm, places.rivals, deciding)
         predicted = self.end.as_one_stop(predicted)
         finished: dict[int, list[int]] = {}
         open_rows: dict[int, tuple[int, int]] = {}
@@ -250,9 +254,8 @@ class ChunkRun:
         datapoints: torch.Tensor,
     ) -> torch.Tensor:
         """Run one new token of each row through the network under ablation: the next token of each row."""
-        visible = torch.arange(own.keys[0].shape[2], device=token.device)[None] <= own.slots[:, None]
-        bias = torch.zeros(visible.shape, device=token.device).masked_fill(~visible, MINUS_INFINITY)[:, None]
-        with attention_replaced(self.lm.model, self.lm.family, shared_attention(prefix, bias)):
+        attend = shared_attention(prefix, filled_slots(own.slots, own.keys[0].shape[2]))
+        with attention_replaced(self.lm.model, self.lm.family, attend):
             hidden = embed(self.lm.model, self.lm.family, token, positions)
             for layer in range(self.lm.n_layers):
                 with self.editor.active(layer, groups, positions, datapoints):

@@ -26,12 +26,14 @@ class WindowCache:
     """Takes the place of a Hugging Face cache while blocks run on windows.
 
     Without `slots` the keys and values of a pass are kept as they come, one entry per layer. With `slots` [row], each
-    row has one new token, which is written into slot `slots[row]` of a store [row, kv head, slot, d_head] per layer.
+    row has one new token, which is written into slot `slots[row]` of a store [row, kv head, slot, d_head] per layer;
+    `rows` [row] are the rows of the store that take part, None if all do.
     """
 
     keys: list[torch.Tensor | None]
     values: list[torch.Tensor | None]
     slots: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
     _rotary: tuple[Any, Any] | None = None
 
     @classmethod
@@ -46,10 +48,12 @@ class WindowCache:
         if self.slots is None:
             self.keys[layer], self.values[layer] = keys, values
             return keys, values
-        rows = torch.arange(len(self.slots), device=keys.device)
+        rows = torch.arange(len(self.slots), device=keys.device) if self.rows is None else self.rows
         self.keys[layer][rows, :, self.slots] = keys[:, :, 0].to(self.keys[layer].dtype)
-        self.values[layer][rows, :, self.slots] = values[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        self.values[layer][rows, :, self.slots] = values[:, :, 0].to(self.values[layer].dtype)
+        if self.rows is None:
+            return self.keys[layer], self.values[layer]
+        return self.keys[layer][rows], self.values[layer][rows]
 
     def rotary(self, module: torch.nn.Module, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """The rotary tables of these positions, computed once per set of positions."""
@@ -156,6 +160,12 @@ def causal_bias(n_positions: int, device: torch.device) -> torch.Tensor:
     """[1, position, slot]: a window position sees itself and what is before it."""
     ones = torch.ones(n_positions, n_positions, dtype=torch.bool, device=device).tril()
     return torch.zeros(n_positions, n_positions, device=device).masked_fill(~ones, MINUS_INFINITY)[None]
+
+
+def filled_slots(slots: torch.Tensor, n_slots: int) -> torch.Tensor:
+    """[row, 1, slot]: a row's one new token sees the slots up to its own, `slots` [row]."""
+    visible = torch.arange(n_slots, device=slots.device)[None] <= slots[:, None]
+    return torch.zeros(visible.shape, device=slots.device).masked_fill(~visible, MINUS_INFINITY)[:, None]
 
 
 # ---------------------------------------------------------------- edits

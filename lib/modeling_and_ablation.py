@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,6 @@ from lib.gguf_files import check_gguf
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import DynamicCache
 
     from lib.architectures import Architecture
     from lib.prefix import KeysAndValues
@@ -198,6 +197,8 @@ class LanguageModel:
         self.n_layers = len(self.blocks)
         self.d_model: int = config.hidden_size
         self.n_heads: int = config.num_attention_heads
+        self.n_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.n_heads
+        """Heads that have keys and values of their own; with grouped-query attention several query heads share one."""
         self.d_head: int = getattr(config, "head_dim", None) or self.d_model // self.n_heads
         self.vocab_size: int = self.lm_head.weight.shape[0]
         self.n_positions: int = getattr(config, "max_position_embeddings", 2048)
@@ -288,58 +289,21 @@ class LanguageModel:
         Prompts are batched by length, so little is padded; tokens that all prompts begin with are run once; a batch
         that does not fit into memory is halved.
         """
-        from lib.prefix import common_prefix_length, prefix_keys_and_values, shared_cache
+        import torch
+
+        from lib.prefix import common_prefix_length, prefix_keys_and_values
 
         ids = self.tokenize(prompts, max_len=self.n_positions - max_new_tokens)
         order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-        n_shared = max(0, min(common_prefix_length(ids), min(map(len, ids), default=1) - 1))
+        n_shared = min(common_prefix_length(ids), min(map(len, ids), default=1) - 1)
         prefix = prefix_keys_and_values(self, ids[0][:n_shared]) if n_shared > 0 else None
-
-        def batch(chosen: list[int]) -> list[Generation]:
-            cache = None if prefix is None else shared_cache(prefix, len(chosen))
-            return self._generate_batch([ids[i] for i in chosen], [n_shared] * len(chosen), cache, max_new_tokens)
-
-        bar = report.progress(order, unit="prompt", desc="answers") if report else iter(order)
-        answers = self._in_batches(order, batch_size, batch, bar)
-        next(bar, None)
-        return [answers[i] for i in range(len(ids))]
-
-    def generate_after(
-        self,
-        ids: Sequence[Sequence[int]],
-        n_known: Sequence[int],
-        known: Callable[[list[int]], KeysAndValues],
-        max_new_tokens: int,
-        *,
-        batch_size: int = 64,
-        bar: Iterator | None = None,
-    ) -> list[Generation]:
-        """Greedy answers to prompts whose beginnings have been run through the model before.
-
-        ids: tokens of each prompt. n_known: how many of them have been run, at most all but one. known: keys and values
-        of these for some prompts by number, right-padded, a row each. bar: moved on by one for each answer.
-        """
-        from lib.prefix import shared_cache
-
-        def batch(chosen: list[int]) -> list[Generation]:
-            cache = shared_cache(known(chosen), len(chosen))
-            return self._generate_batch([ids[i] for i in chosen], [n_known[i] for i in chosen], cache, max_new_tokens)
-
-        answers = self._in_batches(list(range(len(ids))), batch_size, batch, bar or iter(()))
-        return [answers[i] for i in range(len(ids))]
-
-    def _in_batches(
-        self, order: list[int], batch_size: int, batch: Callable[[list[int]], list[Generation]], bar: Iterator
-    ) -> dict[int, Generation]:
-        """Answers of all prompts by number; a batch that does not fit into memory is halved."""
-        import torch
-
         answers: dict[int, Generation] = {}
+        bar = report.progress(order, unit="prompt", desc="answers") if report else iter(order)
         start = 0
         while start < len(order):
             chosen = order[start : start + batch_size]
             try:
-                answers.update(zip(chosen, batch(chosen), strict=True))
+                batch = self._generate_batch([ids[i] for i in chosen], n_shared, prefix, max_new_tokens)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if batch_size == 1:
                     raise UserError(
@@ -347,30 +311,29 @@ class LanguageModel:
                     ) from error
                 batch_size = (batch_size + 1) // 2
                 continue
+            answers.update(zip(chosen, batch, strict=True))
             start += len(chosen)
             for _ in chosen:
                 next(bar, None)
-        return answers
+        next(bar, None)
+        return [answers[i] for i in range(len(ids))]
 
     def _generate_batch(
-        self,
-        ids: Sequence[Sequence[int]],
-        n_known: Sequence[int],
-        cache: DynamicCache | None,
-        max_new_tokens: int,
+        self, ids: list[list[int]], n_shared: int, prefix: KeysAndValues | None, max_new_tokens: int
     ) -> list[Generation]:
-        """One batch; the first `n_known` tokens of a row are in `cache`, padding stands between them and the rest."""
+        """One batch; the first `n_shared` tokens are in `prefix`, padding stands between them and the rest."""
         import torch
 
-        n_slots = 0 if cache is None else cache.get_seq_length()
-        width = n_slots + max(len(prompt) - n for prompt, n in zip(ids, n_known, strict=True))
+        from lib.prefix import shared_cache
+
+        width = max(map(len, ids))
         tokens = torch.full((len(ids), width), self.pad_token_id)
         mask = torch.zeros_like(tokens)
-        for row, (prompt, n) in enumerate(zip(ids, n_known, strict=True)):
-            own = prompt[n:]
-            tokens[row, :n], tokens[row, width - len(own) :] = torch.tensor(prompt[:n]), torch.tensor(own)
-            mask[row, :n], mask[row, width - len(own) :] = 1, 1
-        options = {"past_key_values": cache} if n_slots else {}
+        for row, prompt in enumerate(ids):
+            own = prompt[n_shared:]
+            tokens[row, :n_shared], tokens[row, width - len(own) :] = torch.tensor(prompt[:n_shared]), torch.tensor(own)
+            mask[row, :n_shared], mask[row, width - len(own) :] = 1, 1
+        options = {} if prefix is None else {"past_key_values": shared_cache(prefix, len(ids))}
         with torch.inference_mode():
             full = self.model.generate(
                 tokens.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens, **options

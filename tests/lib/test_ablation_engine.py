@@ -18,6 +18,14 @@ PROMPTS = ["1+2=", "10+20=", "7*8=", "123-4=", "9/3=", "a, b", "5", "2+3=5; 4+4=
 REFERENCES = ["3+4=", "11-5=", "6*7=", "100+1=", "8/2=", "c"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def rivals_are_found():
+    """Rivals, which pay for many single neurons only, take part in all tests but those that say otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.ablation_engine._SINGLES_WORTH_RIVALS", 0)
+        yield
+
+
 def make_engine(
     lm, intervention, *, decode_only=True, scope=DecodeScope.ANSWER, max_new_tokens=4, memory_mb=64, seed=0
 ):
@@ -149,6 +157,21 @@ def test_few_kept_rivals_fall_back_to_the_vocabulary(monkeypatch, n_rivals):
     engine = make_engine(lm, Intervention.ZERO)
     groups = random_groups(lm, seed=6, n_groups=6)
     assert assert_equal_to_naive(lm, engine, groups, range(8), decode_only=True, scope=DecodeScope.ANSWER) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rivals_or_not_gives_the_same_answers(family, monkeypatch):
+    lm = tiny_model(family, seed=3)
+    groups = random_groups(lm, seed=7, n_groups=9)
+    n_singles = sum(len(group) == 1 for group in groups)
+    assert n_singles > 1
+    found = []
+    for worth, is_found in ((n_singles, True), (n_singles + 1, False)):
+        monkeypatch.setattr("lib.ablation_engine._SINGLES_WORTH_RIVALS", worth)
+        engine = make_engine(lm, Intervention.ZERO)
+        found.append(engine.answers(groups, range(8)))
+        assert bool(engine._rivals_of) is is_found
+    assert found[0].texts == found[1].texts and len(found[0].texts) > 0
 
 
 def test_answers_end_where_the_task_says_so():

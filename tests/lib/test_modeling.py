@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lib.cli import UserError
-from lib.engine_state import prefill
 from lib.modeling_and_ablation import choose_device, find_model, load_language_model, model_identity
 from lib.neurons import Neuron, parse_neuron
 from tests.models import FAMILIES, tiny_model
@@ -114,19 +113,3 @@ def test_neuron_names():
     for text in ("m1", "x1:2", "m1:-2", "a1:3", "m1:2:3", "m١:2"):
         with pytest.raises(UserError):
             parse_neuron(text)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_behind_known_beginnings_are_the_same(family):
-    lm = tiny_model(family, seed=4)
-    prompts = ["5", "1+2=", "10+20=", "123-4=56;"]
-    ids = lm.tokenize(prompts)
-    prefix = prefill(lm, [row[:-1] for row in ids])
-
-    def known(rows):
-        part = prefix.select(torch.tensor(rows))
-        return list(zip(part.keys, part.values, strict=True))
-
-    for batch_size in (1, 3):
-        n_known = [len(row) - 1 for row in ids]
-        assert lm.generate_after(ids, n_known, known, 5, batch_size=batch_size) == lm.generate(prompts, 5)

@@ -1,0 +1,91 @@
+"""Keys and values of prompts' beginnings for the ablation engine; what several prompts begin with is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from lib.architectures import attention_replaced, embed, run_block
+from lib.engine_forward import MINUS_INFINITY, Prefix, WindowCache, causal_bias, shared_attention
+from lib.modeling_and_ablation import LanguageModel
+from lib.prefix import common_prefix_length
+
+_TRIP = 64
+"""Tokens whose arithmetic costs about as much as reading the weights once more."""
+
+
+def prefill(lm: LanguageModel, prefixes: Sequence[Sequence[int]]) -> Prefix:
+    """Keys and values of the prefixes, right-padded.
+
+    Beginnings that all or some of them share are run once: a few that stand for many, then longer ones behind them.
+    """
+    begun, start = _nothing(lm), 0
+    known: list[tuple[int, ...]] = [()]
+    for length in (*_levels(prefixes), None):
+        wanted = [tuple(prefix[:length]) for prefix in prefixes]
+        if length is not None:
+            wanted = sorted(set(wanted))
+        place = {beginning: number for number, beginning in enumerate(known)}
+        owners = torch.tensor([place[prefix[:start]] for prefix in wanted], device=lm.device)
+        rests = [prefix[start:] for prefix in wanted]
+        if any(rests):
+            # Behind a single datapoint all are its groups: one matrix product serves them all.
+            begun = _extend(lm, begun if len(known) == 1 else begun.select(owners), rests, start)
+        else:
+            begun = begun.select(owners)
+        known, start = wanted, length or 0
+    return begun
+
+
+def _levels(prefixes: Sequence[Sequence[int]]) -> list[int]:
+    """Lengths, ascending, up to which different beginnings are run before what follows them: the fewest tokens.
+
+    A trip through the network is counted as `_TRIP` tokens.
+    """
+    ordered = sorted(map(tuple, prefixes))
+    shared = np.array([common_prefix_length(pair) for pair in pairwise(ordered)], dtype=int)
+    # Longer beginnings become more only behind a length that neighbours share.
+    lengths = [0, *sorted({int(n) for n in shared if 0 < n <= min(map(len, ordered))})]
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for end in lengths[1:]:
+        n_different = 1 + int((shared < end).sum())
+        costs = [(best[start][0] + n_different * (end - start) + _TRIP, start) for start in lengths if start < end]
+        cost, start = min(costs)
+        best[end] = cost, [*best[start][1], end]
+    return min((cost - len(ordered) * end, levels) for end, (cost, levels) in best.items())[1]
+
+
+def _extend(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]], start: int) -> Prefix:
+    """The prefix of each sequence put behind `before`: `start` tokens of one datapoint, or of one for each sequence."""
+    width = max(map(len, sequences))
+    tokens = torch.full((len(sequences), width), lm.pad_token_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.long)
+        mask[row, : len(sequence)] = True
+    tokens, mask = tokens.to(lm.device), mask.to(lm.device)
+    cache = WindowCache.empty(lm.n_layers)
+    positions = (start + torch.arange(width, device=lm.device)).expand(len(sequences), -1)
+    # Sequences behind a single datapoint are its groups; padding is at the end, so causality hides it.
+    attend = shared_attention(before, causal_bias(width, lm.device))
+    with torch.inference_mode(), attention_replaced(lm.model, lm.family, attend):
+        hidden = embed(lm.model, lm.family, tokens, positions)
+        for layer in range(lm.n_layers):
+            hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)
+
+    def joined(shared: list[torch.Tensor], own: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        pairs = zip(shared, own, strict=True)
+        return [torch.cat([first.expand(len(sequences), -1, -1, -1), second], dim=2) for first, second in pairs]
+
+    bias = torch.zeros(mask.shape, device=lm.device).masked_fill(~mask, MINUS_INFINITY)
+    bias = torch.cat([bias.new_zeros(len(sequences), start), bias], dim=1)
+    return Prefix(joined(before.keys, cache.keys), joined(before.values, cache.values), bias)
+
+
+def _nothing(lm: LanguageModel) -> Prefix:
+    """A prefix without tokens, of one datapoint."""
+    empty = [torch.zeros(1, lm.n_kv_heads, 0, lm.d_head, device=lm.device, dtype=lm.dtype)] * lm.n_layers
+    return Prefix(empty, empty, torch.zeros(1, 0, device=lm.device))

@@ -1,0 +1,122 @@
+"""Baseline runs of the engine: beginnings run once, answers as the model gives them, states as one pass makes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.ablation_engine import AblationEngine
+from lib.cli import UserError
+from lib.engine_baseline import answer, compute_baseline
+from lib.engine_prefill import _levels, prefill
+from lib.engine_state import Window
+from lib.interventions import Intervention, build_table
+from lib.neurons import Neuron
+from tests.models import FAMILIES, tiny_model
+
+PROMPTS = ["5", "1+2=", "1+20=", "1+2+3=", "123-4=56;", "123-4=57;"]
+MAX_NEW_TOKENS = 5
+
+
+def stopping_model(family: str):
+    """A model that ends one of the answers early, and these answers."""
+    lm = tiny_model(family, seed=4)
+    lm.stop_token_ids = frozenset()
+    lm.model.generation_config.eos_token_id = None
+    endless = lm.generate(PROMPTS, MAX_NEW_TOKENS)
+    stop = endless[1].ids[1]
+    lm.stop_token_ids = frozenset({stop})
+    lm.model.generation_config.eos_token_id = [stop]
+    return lm, lm.generate(PROMPTS, MAX_NEW_TOKENS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_the_models_and_states_those_of_one_pass(family):
+    lm, expected = stopping_model(family)
+    assert len({len(generation.ids) for generation in expected}) > 1
+    ids = lm.tokenize(PROMPTS)
+    found, state = answer(lm, ids, MAX_NEW_TOKENS)
+    assert found == expected
+    windows = []
+    for row, generation in zip(ids, found, strict=True):
+        tokens = (*generation.ids, *lm.stop_token_ids) if generation.stopped else generation.ids
+        windows.append(Window(tuple(row[:-1]), (row[-1], *tokens[:-1]), 0, 0, tokens))
+    one_pass = compute_baseline(lm, windows)
+    cut = state.cut(one_pass.window_length)
+    for row, window in enumerate(windows):
+        n = len(window.tokens)
+        assert cut.tokens[row, :n].tolist() == list(window.tokens)
+        assert cut.positions[row, :n].tolist() == one_pass.positions[row, :n].tolist()
+        torch.testing.assert_close(cut.final[row, :n], one_pass.final[row, :n], rtol=1e-4, atol=1e-4)
+        for name in ("mid", "attention_writes", "mlp_writes"):
+            pairs = zip(getattr(cut, name), getattr(one_pass, name), strict=True)
+            for mine, theirs in pairs:
+                torch.testing.assert_close(mine[row, :n], theirs[row, :n], rtol=1e-4, atol=1e-4)
+        for name in ("keys", "values"):
+            pairs = zip(getattr(cut, name), getattr(one_pass, name), strict=True)
+            for mine, theirs in pairs:
+                torch.testing.assert_close(mine[row, :, :n], theirs[row, :, :n], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cut_state_is_as_wide_as_its_longest_window():
+    lm = tiny_model("llama", seed=4)
+    _, state = answer(lm, lm.tokenize(PROMPTS), MAX_NEW_TOKENS)
+    assert state.tokens.shape == (6, MAX_NEW_TOKENS)
+    cut = state.cut(torch.tensor([1, 2, 3, 2, 1, 1]))
+    assert cut.tokens.shape == (6, 3) and cut.final.shape[:2] == (6, 3) and cut.keys[0].shape[2] == 3
+
+
+def test_a_block_that_does_not_fit_into_memory_is_halved(monkeypatch):
+    lm = tiny_model("llama", seed=4)
+    table = build_table(lm, Intervention.ZERO, PROMPTS, max_new_tokens=MAX_NEW_TOKENS)
+    groups = [[Neuron("m0", index), Neuron("m1", index)] for index in range(6)]
+    whole = AblationEngine(lm, PROMPTS, table, max_new_tokens=MAX_NEW_TOKENS)
+    sizes = []
+
+    def small_memory(lm, prompts, max_new_tokens):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise MemoryError
+        return answer(lm, prompts, max_new_tokens)
+
+    monkeypatch.setattr("lib.ablation_engine.answer", small_memory)
+    halved = AblationEngine(lm, PROMPTS, table, max_new_tokens=MAX_NEW_TOKENS)
+    assert sizes == [6, 3, 2, 1, 3, 2, 1]
+    assert halved.baseline_answers == whole.baseline_answers
+    assert halved.answers(groups, range(6)).texts == whole.answers(groups, range(6)).texts
+    monkeypatch.setattr("lib.ablation_engine.answer", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(UserError, match="does not fit into memory"):
+        AblationEngine(lm, PROMPTS, table, max_new_tokens=MAX_NEW_TOKENS)
+
+
+def test_beginnings_worth_a_trip_of_their_own():
+    # Ten tokens that all share, then one of ten eights, then three of their own: 200 * 21 tokens, or 10 + 80 + 600.
+    tree = [(1,) * 10 + (row // 20,) * 8 + (row, row, row) for row in range(200)]
+    assert _levels(tree) == [10, 18]
+    # A trip counts as 64 tokens: 66 saved ones are worth it, 63 are not.
+    assert _levels([(7,) * 33 + (row,) for row in range(3)]) == [33]
+    assert _levels([(7,) * 63 + (row,) for row in range(2)]) == []
+    assert _levels([(1, 2, 3)] * 3) == _levels([(), (1,)]) == _levels([(5,)]) == []
+    assert _levels([(1, 2, 3)] * 60) == [3]
+
+
+sequences = st.lists(st.lists(st.integers(2, 4), max_size=6), min_size=1, max_size=8)
+
+
+@settings(max_examples=25)
+@given(family=st.sampled_from(FAMILIES), rows=sequences, trip=st.sampled_from([0, 2, 64]))
+def test_prefixes_are_those_of_each_prompt_alone(family, rows, trip):
+    lm = tiny_model(family, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.engine_prefill._TRIP", trip)
+        together = prefill(lm, rows)
+    for number, row in enumerate(rows):
+        assert (together.bias[number] == 0).tolist() == [place < len(row) for place in range(together.bias.shape[1])]
+        if not row:
+            continue
+        alone = lm.base(torch.tensor([row]), use_cache=True).past_key_values
+        for layer, kept in enumerate(alone.layers):
+            for mine, theirs in ((together.keys, kept.keys), (together.values, kept.values)):
+                torch.testing.assert_close(mine[layer][number, :, : len(row)], theirs[0], rtol=1e-4, atol=1e-4)
