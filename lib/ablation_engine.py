@@ -8,15 +8,17 @@ further; many groups of all layers go through the network together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from lib.cli import Report, UserError
-from lib.engine_baseline import answer, compute_baseline
+from lib.engine_baseline import answer_and_record, compute_baseline
 from lib.engine_chunk import AnswerEnd, ChunkRun, Places
 from lib.engine_forward import leaving_stage
 from lib.engine_logits import Rivals, find_rivals
@@ -27,7 +29,9 @@ from lib.neurons import Neuron
 
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
+_Result = TypeVar("_Result")
 _SMALLEST_BUDGET = 2**20
+_TOO_LARGE = "one datapoint does not fit into memory; use a smaller model or --dtype bfloat16"
 _SINGLES_WORTH_RIVALS = 12
 """Single neurons from which on it pays to find a datapoint's rivals; larger groups move a row beyond all of them."""
 _FEWEST_ROWS = 96
@@ -63,7 +67,8 @@ class AblationEngine:
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
     is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
     compared.
-    memory_mb: working memory for passes and, again as much, for baseline states.
+    memory_mb: working memory for passes and, again as much, for baseline states. batch_size: prompts per forward pass
+    where the model's answers come from a run of their own, for any but the default intervention.
     """
 
     def __init__(
@@ -85,27 +90,22 @@ class AblationEngine:
         self.end = AnswerEnd(lm, max_new_tokens, is_complete)
         self.memory_bytes = memory_mb * 2**20
         self.counters = EngineCounters()
+        self._mode = decode_only, decode_scope
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
-        longest = (0,) * max_new_tokens
-        self._longest = [_window(ids, longest, decode_only, decode_scope) for ids in prompt_ids]
-        """Windows as they would be if all answers were as long as they may be: memory is shared out by these."""
+        longest = (_window(ids, (0,) * max_new_tokens, *self._mode) for ids in prompt_ids)
+        self._sizes = [(len(window.prefix), len(window.tokens)) for window in longest]
+        """Lengths of prefixes and windows if all answers were as long as they may be: memory is shared out by these."""
         self._states: dict[int, BaselineState] = {}
-        self._blocks = self._make_blocks()
-        if decode_only and decode_scope is DecodeScope.ANSWER:
-            baseline = self._answer_by_blocks(prompt_ids, report)
+        if self._mode == (True, DecodeScope.ANSWER):
+            self._blocks, baseline = self._answer_by_blocks(prompt_ids, report)
         else:
+            self._blocks = self._make_blocks(range(len(prompt_ids)))
             baseline = lm.generate(prompts, max_new_tokens, batch_size=batch_size, report=report)
         self._block_of = {
             d: (number, place) for number, block in enumerate(self._blocks) for place, d in enumerate(block)
         }
         self.baseline_answers = [generation.answer for generation in baseline]
-        self._windows = [
-            _window(ids, self.end.tokens_that_matter(generation), decode_only, decode_scope)
-            for ids, generation in zip(prompt_ids, baseline, strict=True)
-        ]
-        for number, state in self._states.items():
-            lengths = [len(self._windows[d].tokens) for d in self._blocks[number]]
-            self._states[number] = state.cut(torch.tensor(lengths, device=lm.device))
+        self._windows = self._windows_of(prompt_ids, baseline)
         self._rivals_of: dict[int, Rivals] = {}
         self._known: set[Neuron] = set()
 
@@ -216,12 +216,12 @@ class AblationEngine:
             n_groups, decode_rows = self._chunk_size(state)
             numbers = order[start : start + n_groups]
             chosen = [groups[i] for i in numbers]
-            try:
-                settled = None if is_settled is None else partial(_of_chunk, is_settled, numbers, members)
-                found = ChunkRun(
-                    self.lm, self.table, self.end, chosen, state, windows, numbers_for_table, decided, settled
-                ).run(decode_rows)
-            except (torch.OutOfMemoryError, MemoryError):
+            settled = None if is_settled is None else partial(_of_chunk, is_settled, numbers, members)
+            chunk = ChunkRun(
+                self.lm, self.table, self.end, chosen, state, windows, numbers_for_table, decided, settled
+            )  # fmt: skip
+            found = _if_it_fits(partial(chunk.run, decode_rows))
+            if found is None:
                 self._shrink()
                 continue
             yield numbers, found
@@ -242,9 +242,7 @@ class AblationEngine:
         """Halve the working memory after running out of it."""
         self.memory_bytes //= 2
         if self.memory_bytes < _SMALLEST_BUDGET:
-            raise UserError("an ablated datapoint does not fit into memory; use a smaller model or --dtype bfloat16")
-        if self.lm.device.type == "cuda":
-            torch.cuda.empty_cache()
+            raise UserError(_TOO_LARGE)
 
     def _places(self, state: BaselineState, members: list[int], n_singles: int) -> Places | None:
         """Where these datapoints decide answer tokens; None if none does. n_singles: groups of one neuron to come."""
@@ -260,7 +258,7 @@ class AblationEngine:
             torch.tensor(column, device=self.lm.device) for column in (rows, positions, expected)
         )
         is_known = all(datapoint in self._rivals_of for datapoint in members)
-        is_worth_it = is_known or n_singles >= _SINGLES_WORTH_RIVALS
+        is_worth_it = self.lm.dtype == torch.float32 and (is_known or n_singles >= _SINGLES_WORTH_RIVALS)
         rivals = self._rivals(state, members, row_tensor, position_tensor) if is_worth_it else None
         return Places(row_tensor, position_tensor, list(numbers), expected_tensor, rivals)
 
@@ -291,47 +289,51 @@ class AblationEngine:
                 )
         self._known |= unseen
 
-    def _answer_by_blocks(self, prompt_ids: Sequence[list[int]], report: Report | None) -> list[Generation]:
-        """The model's own answers; the blocks' states, computed on the way, are kept as far as memory allows.
-
-        A block that does not fit into memory is halved.
-        """
+    def _answer_by_blocks(
+        self, prompt_ids: Sequence[list[int]], report: Report | None
+    ) -> tuple[list[list[int]], list[Generation]]:
+        """Blocks and the model's own answers; the blocks' states, computed on the way, are kept as memory allows."""
         bar = report.progress(range(len(prompt_ids)), unit="prompt", desc="answers") if report else iter(prompt_ids)
         answers: dict[int, Generation] = {}
-        number = 0
-        while number < len(self._blocks):
-            block = self._blocks[number]
-            try:
-                found, state = answer(self.lm, [prompt_ids[d] for d in block], self.end.max_new_tokens)
-            except (torch.OutOfMemoryError, MemoryError):
-                self._shrink()
-                middle = (len(block) + 1) // 2
-                self._blocks[number : number + 1] = [part for part in (block[:middle], block[middle:]) if part]
+        done: list[list[int]] = []
+        waiting = self._make_blocks(range(len(prompt_ids)))
+        while waiting:
+            ids = [prompt_ids[d] for d in waiting[0]]
+            run = _if_it_fits(partial(answer_and_record, self.lm, ids, self.end.max_new_tokens))
+            if run is None:
+                if len(ids) == 1 and not self._states:
+                    raise UserError(_TOO_LARGE)
+                self._states.clear()
+                middle = (len(ids) + 1) // 2
+                waiting[:1] = [part for part in (waiting[0][:middle], waiting[0][middle:]) if part]
                 continue
-            answers.update(zip(block, found, strict=True))
-            if state.n_bytes + sum(kept.n_bytes for kept in self._states.values()) <= self.memory_bytes:
-                self._states[number] = state
-            number += 1
-            for _ in block:
+            found, state = run
+            lengths = [len(window.tokens) for window in self._windows_of(ids, found)]
+            self._keep(len(done), state.cut(torch.tensor(lengths, device=self.lm.device)))
+            done.append(waiting.pop(0))
+            answers.update(zip(done[-1], found, strict=True))
+            for _ in ids:
                 next(bar, None)
         next(bar, None)
-        return [answers[d] for d in range(len(prompt_ids))]
+        return done, [answers[d] for d in range(len(prompt_ids))]
 
-    def _make_blocks(self) -> list[list[int]]:
+    def _windows_of(self, prompt_ids: Sequence[list[int]], baseline: Sequence[Generation]) -> list[Window]:
+        """The windows of prompts with these answers."""
+        pairs = zip(prompt_ids, baseline, strict=True)
+        return [_window(ids, self.end.tokens_that_matter(generation), *self._mode) for ids, generation in pairs]
+
+    def _make_blocks(self, datapoints: Iterable[int]) -> list[list[int]]:
         """Datapoints of similar length together, as many as fit into the memory for baseline states."""
-        windows = self._longest
-        order = sorted(range(len(windows)), key=lambda i: (len(windows[i].prefix), len(windows[i].tokens), i))
         size = self.lm.dtype.itemsize
         parts = 3 if self.lm.is_parallel else 2
         kv_width = 2 * self.lm.n_kv_heads * self.lm.d_head
-        blocks: list[list[int]] = [[]]
+        blocks: list[list[int]] = []
         used = 0
-        for datapoint in order:
-            window = windows[datapoint]
-            length = len(window.tokens)
-            per_layer = parts * length * self.lm.d_model + (len(window.prefix) + length) * kv_width
+        for datapoint in sorted(datapoints, key=lambda d: (self._sizes[d], d)):
+            n_prefix, n_window = self._sizes[datapoint]
+            per_layer = parts * n_window * self.lm.d_model + (n_prefix + n_window) * kv_width
             cost = self.lm.n_layers * per_layer * size
-            if blocks[-1] and used + cost > self.memory_bytes / 2:
+            if not blocks or used + cost > self.memory_bytes / 2:
                 blocks.append([])
                 used = 0
             blocks[-1].append(datapoint)
@@ -342,15 +344,24 @@ class AblationEngine:
         """Baseline of a block; the least recently used ones are dropped when memory is short."""
         state = self._states.pop(number, None)
         if state is None:
-            windows = [self._windows[d] for d in self._blocks[number]]
-            state = compute_baseline(self.lm, windows)
-            while (
-                self._states
-                and state.n_bytes + sum(other.n_bytes for other in self._states.values()) > self.memory_bytes
-            ):
-                del self._states[next(iter(self._states))]
-        self._states[number] = state
+            state = compute_baseline(self.lm, [self._windows[d] for d in self._blocks[number]])
+        self._keep(number, state)
         return state
+
+    def _keep(self, number: int, state: BaselineState) -> None:
+        """Keep a block's state, in place of others where memory is short."""
+        while self._states and state.n_bytes + sum(kept.n_bytes for kept in self._states.values()) > self.memory_bytes:
+            del self._states[next(iter(self._states))]
+        self._states[number] = state
+
+
+def _if_it_fits(run: Callable[[], _Result]) -> _Result | None:
+    """What `run` returns; None if it ran out of memory, with all that it held let go."""
+    with contextlib.suppress(torch.OutOfMemoryError, MemoryError):
+        return run()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _of_chunk(

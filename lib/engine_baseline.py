@@ -1,7 +1,7 @@
 """Baseline runs of the ablation engine: the model's own answers, and what each layer computed on the way.
 
-The answers' tokens are run through the network once: what decoding them leaves behind is the state from which ablated
-runs start.
+What decoding the answers leaves behind is the state from which ablated runs start; where it was not kept, or answers
+come from elsewhere, it is made in one pass over their tokens.
 """
 
 from __future__ import annotations
@@ -18,38 +18,43 @@ from lib.engine_state import BaselineState, Window
 from lib.modeling_and_ablation import Generation, LanguageModel
 
 
-def answer(
+def answer_and_record(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[list[Generation], BaselineState]:
     """Greedy answers to prompts, and the baseline of their windows: a prompt's last token and the answer's.
 
-    prompts: tokens of each. The state's windows are as wide as the longest answer may be, whatever the answers' length.
+    prompts: tokens of each. The state has room for the longest answers there may be; `cut` it to the windows' lengths.
     """
     prefixes = [prompt[:-1] for prompt in prompts]
     state = _empty_state(lm, prefill(lm, prefixes), list(map(len, prefixes)), max_new_tokens)
     state.tokens[:, 0] = torch.tensor([prompt[-1] for prompt in prompts], device=lm.device)
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = torch.arange(len(prompts), device=lm.device)
+    prefix, alive = state.prefix, torch.arange(len(prompts), device=lm.device)
     with torch.inference_mode():
         for step in range(max_new_tokens):
-            found = _answer_step(lm, state, alive, step)
+            found = _answer_step(lm, state, prefix, alive, step)
             for row, token in zip(alive.tolist(), found.tolist(), strict=True):
                 answers[row].append(token)
-            kept = torch.tensor([token not in lm.stop_token_ids for token in found.tolist()], device=lm.device)
-            alive, found = alive[kept], found[kept]
-            if not len(alive) or step + 1 == max_new_tokens:
+            kept = [place for place, token in enumerate(found.tolist()) if token not in lm.stop_token_ids]
+            if not kept or step + 1 == max_new_tokens:
                 break
+            if len(kept) < len(alive):
+                keep = torch.tensor(kept, device=lm.device)
+                prefix, alive, found = prefix.select(keep), alive[keep], found[keep]
             state.tokens[alive, step + 1] = found
-            state.window_length[alive] += 1
     return [lm.generation(ids) for ids in answers], state
 
 
-def _answer_step(lm: LanguageModel, state: BaselineState, rows: torch.Tensor, step: int) -> torch.Tensor:
-    """Run one window position of some rows, keep its results in the state: each row's next token."""
+def _answer_step(
+    lm: LanguageModel, state: BaselineState, prefix: Prefix, rows: torch.Tensor, step: int
+) -> torch.Tensor:
+    """Run one window position of some rows, keep its results in the state: each row's next token.
+
+    prefix: that of the rows.
+    """
     recorder = _Recorder(lm)
-    everything = len(rows) == len(state.tokens)
-    cache = WindowCache(state.keys, state.values, torch.full_like(rows, step), rows=None if everything else rows)
-    prefix = state.prefix if everything else state.prefix.select(rows)
+    some = rows if len(rows) < len(state.tokens) else None
+    cache = WindowCache(state.keys, state.values, torch.full_like(rows, step), some)
     attend = shared_attention(prefix, filled_slots(cache.slots[:1], state.tokens.shape[1]))
     tokens, positions = state.tokens[rows, step, None], state.positions[rows, step, None]
     with attention_replaced(lm.model, lm.family, attend):
@@ -93,9 +98,7 @@ def _empty_state(lm: LanguageModel, prefix: Prefix, prefix_lengths: list[int], w
 
 def _positions(lm: LanguageModel, prefix_length: torch.Tensor, width: int) -> torch.Tensor:
     """Position of each window token in the whole text, [datapoint, position]."""
-    positions = prefix_length[:, None] + torch.arange(width, device=lm.device)[None]
-    # Padding at the end of a window may run past the model's last position; what is computed there is never used.
-    return positions.clamp(max=lm.n_positions - 1)
+    return prefix_length[:, None] + torch.arange(width, device=lm.device)[None]
 
 
 def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineState:

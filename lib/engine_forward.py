@@ -115,7 +115,8 @@ def attend_shared(
         mixed = torch.matmul(own.float().softmax(-1).to(value.dtype), value)
     else:
         by_datapoint = _to_datapoint_major(query, n_groups, n_datapoints)
-        shared = torch.matmul(by_datapoint, prefix_key.transpose(-1, -2)) + prefix_bias[:, None, None]
+        # GPT-J multiplies queries and keys in float32, whatever the model's precision.
+        shared = torch.matmul(by_datapoint, prefix_key.to(query.dtype).transpose(-1, -2)) + prefix_bias[:, None, None]
         weights = torch.cat([shared, _to_datapoint_major(own, n_groups, n_datapoints)], dim=-1)
         weights = weights.float().softmax(-1).to(value.dtype)
         mixed = _to_row_major(torch.matmul(weights[..., :n_prefix], prefix_value), n_groups, n_rows)

@@ -73,12 +73,11 @@ def next_tokens(lm: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def next_tokens_near(lm: LanguageModel, rivals: Rivals, hidden: torch.Tensor) -> torch.Tensor:
-    """The most likely next tokens of ablated rows, [group, place]; hidden [group, place, d_model].
+    """The most likely next tokens of ablated rows, [group, place]; hidden [group, place, d_model], float32.
 
-    Same result as `next_tokens` on each row; most rows need no logits, the rest those of a few rivals.
+    Same result as `next_tokens` on each row; most rows need no logits, the rest those of a few rivals. The bound leaves
+    no room for the rounding of half precision.
     """
-    if lm.dtype != torch.float32:
-        return next_tokens(lm, hidden.flatten(0, 1)).view(hidden.shape[:2])
     state = lm.final_norm(hidden)
     moved = (state - rivals.state[None]).norm(dim=-1) * (1 + _SLACK) + _SLACK
     counts = torch.searchsorted(rivals.reach, moved.T.contiguous()).T

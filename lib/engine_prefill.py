@@ -48,7 +48,8 @@ def _levels(prefixes: Sequence[Sequence[int]]) -> list[int]:
     ordered = sorted(map(tuple, prefixes))
     shared = np.array([common_prefix_length(pair) for pair in pairwise(ordered)], dtype=int)
     # Longer beginnings become more only behind a length that neighbours share.
-    lengths = [0, *sorted({int(n) for n in shared if 0 < n <= min(map(len, ordered))})]
+    shortest = min(map(len, ordered))
+    lengths = [0, *sorted({int(n) for n in shared if 0 < n <= shortest})]
     best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for end in lengths[1:]:
         n_different = 1 + int((shared < end).sum())

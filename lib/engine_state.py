@@ -64,16 +64,8 @@ class BaselineState:
     @property
     def n_bytes(self) -> int:
         """Memory held."""
-        lists = (
-            self.mid,
-            self.attention_writes,
-            self.mlp_writes,
-            self.keys,
-            self.values,
-            self.prefix.keys,
-            self.prefix.values,
-        )
-        return sum(tensor.nbytes for tensors in lists for tensor in tensors)
+        lists = (self.mid, self.attention_writes, self.mlp_writes, self.keys, self.values, [self.final])
+        return self.prefix.n_bytes + sum(tensor.nbytes for tensors in lists for tensor in tensors)
 
     def cut(self, window_length: torch.Tensor) -> BaselineState:
         """The state with shorter windows, [datapoint], trimmed to the longest."""
