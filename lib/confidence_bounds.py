@@ -21,6 +21,9 @@ _FUTILITY = 0.1
 # Error spent up to a look at share t of the datapoints: alpha * t ** _SPENDING_POWER. At 0.5 looks at 8, 16, 32 and 64
 # keep the boundary of the single look at 64 and prune a group without flips at half the cost.
 _SPENDING_POWER = 0.5
+# A group with just enough flips among all datapoints to be kept, in random order, is pruned before with at most this
+# probability: brute force would keep it, and recall is judged by that. The bound on alpha alone lets 15 to 40 % go.
+_REVERSAL = 0.05
 
 
 class Interval(NamedTuple):
@@ -117,7 +120,8 @@ class LookPlan:
 
     Under any rate of epsilon or more, the probability of meeting a prune boundary at some look is at most alpha: the
     boundaries are the most permissive ones whose exact crossing probability, summed over looks, stays within the part
-    of alpha spent so far. Giving up never loses a neuron (the group is split), so its rule is a matter of cost alone.
+    of alpha spent so far, and which seldom reverse what all datapoints would say (`reversal_probability`). Giving up
+    never loses a neuron (the group is split), so its rule is a matter of cost alone.
     """
 
     n_seen: tuple[int, ...]
@@ -132,6 +136,19 @@ class LookPlan:
     def prune_probability(self, rate: float) -> float:
         """Exact probability that a group with this flip rate meets a prune boundary (nothing is given up early)."""
         return float(sum(_crossings(self.n_seen, self.prune_at_most, rate)))
+
+    def reversal_probability(self, n_flips: int) -> float:
+        """Exact probability that a group with so many flips among all datapoints, in random order, is pruned early.
+
+        That is at a look before the last: what a sequential test says and one on all datapoints would not.
+        """
+        order, seen, pruned = _all_at(n_flips), 0, 0.0
+        for n, limit in zip(self.n_seen[:-1], self.prune_at_most, strict=False):
+            order = _drawn(order, self.n_seen[-1] - seen, n - seen)
+            pruned += float(order[: limit + 1].sum())
+            order[: limit + 1] = 0.0
+            seen = n
+        return pruned
 
     def expected_datapoints(self, rate: float) -> float:
         """Expected number of datapoints spent on a group with this flip rate on one slice."""
@@ -158,17 +175,23 @@ def plan_looks(
     n_seen = (*sorted({n for n in looks if 0 < n < n_datapoints}), n_datapoints)
     if epsilon <= 0.0:
         return LookPlan(n_seen[:1], (NEVER,), (0,))
+    keep = min_flips_to_keep(n_datapoints, epsilon, alpha)
     if len(n_seen) == 1:
-        keep = min_flips_to_keep(n_datapoints, epsilon, alpha)
         return LookPlan(n_seen, (keep - 1,), (keep,))
     boundaries: list[int] = []
     state, seen, spent = np.ones(1), 0, 0.0
+    order, reversed_ = _all_at(keep), 0.0
     for n in n_seen:
         state = np.convolve(state, _binomial(n - seen, epsilon))
+        order = _drawn(order, n_datapoints - seen, n - seen)
         allowed = alpha * (n / n_datapoints) ** _SPENDING_POWER - spent
         boundary = int(np.searchsorted(np.cumsum(state), allowed, side="right")) - 1
+        while boundary > NEVER and reversed_ + order[: boundary + 1].sum() > _REVERSAL:
+            boundary -= 1
         spent += float(state[: boundary + 1].sum())
+        reversed_ += float(order[: boundary + 1].sum())
         state[: boundary + 1] = 0.0
+        order[: boundary + 1] = 0.0
         boundaries.append(boundary)
         seen = n
     total_ease = np.concatenate([[0.0], np.cumsum(np.ones(n_datapoints) if ease is None else ease)])
@@ -204,6 +227,23 @@ def _crossings(n_seen: Sequence[int], prune_at_most: Sequence[int], rate: float)
         state[: limit + 1] = 0.0
         seen = n
     return crossed
+
+
+def _all_at(n_flips: int) -> np.ndarray:
+    """The distribution of flips seen before any datapoint is, of a group that has `n_flips` in all."""
+    return np.concatenate([[1.0], np.zeros(n_flips)])
+
+
+def _drawn(seen_flips: np.ndarray, n_left: int, n: int) -> np.ndarray:
+    """Distribution of flips seen after `n` more of `n_left` datapoints; its length says how many there are in all."""
+    from scipy.stats import hypergeom
+
+    found = np.zeros_like(seen_flips)
+    most = len(seen_flips) - 1
+    for flips in np.flatnonzero(seen_flips):
+        more = np.arange(most - flips + 1)
+        found[flips:] += seen_flips[flips] * hypergeom.pmf(more, n_left, most - flips, n)
+    return found
 
 
 def _binomial(n: int, rate: float) -> np.ndarray:

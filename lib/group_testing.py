@@ -23,7 +23,7 @@ from lib.search_orders import NO_CUT, PLAIN_CUT, Forest
 
 ASSOCIATED, UNRELATED = 0, 1
 SIDES = ("associated", "unrelated")
-DEFAULT_LOOKS = (8, 20, 32, 48)
+DEFAULT_LOOKS = (8, 24, 40)
 _MAX_GROUPS_PER_CALL = 1 << 16
 
 

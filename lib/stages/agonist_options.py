@@ -123,7 +123,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--looks",
         type=positive_int,
         nargs="+",
-        default=[8, 20, 32, 48],
+        default=[8, 24, 40],
         metavar="N",
         help="datapoints per slice after which a group may be decided early",
     )

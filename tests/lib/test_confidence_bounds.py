@@ -1,5 +1,8 @@
 """Exact bounds against tables and definitions; the error of sequential looks against simulation."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from lib.confidence_bounds import (
     rate_difference_interval,
     upper_flip_rate,
 )
+from lib.group_testing import DEFAULT_LOOKS
 
 # n, epsilon, k*, bound at k* - 1, bound at k*: the published decision table.
 PUBLISHED = [
@@ -116,6 +120,39 @@ def test_error_over_all_looks_stays_within_alpha(n, looks, epsilon, alpha):
     # What a look prunes, the plain bound on the datapoints seen so far would prune as well.
     for seen, limit in zip(plan.n_seen, plan.prune_at_most, strict=True):
         assert limit == NEVER or float(upper_flip_rate(limit, seen, alpha)) < epsilon
+
+
+def test_looks_seldom_reverse_what_all_datapoints_say():
+    plan = plan_looks(64, DEFAULT_LOOKS, 0.2, 0.025)
+    assert (plan.n_seen, plan.prune_at_most) == ((8, 24, 40, 64), (NEVER, 0, 1, 6))
+    # 7 flips of 64: none among the first 24; or one of these, none of the next 16 and six of the last 24.
+    orders = math.comb(40, 7) + 24 * math.comb(24, 6)
+    assert plan.reversal_probability(7) == pytest.approx(orders / math.comb(64, 7))
+    assert plan.reversal_probability(0) == 1.0 and plan.reversal_probability(64) == 0.0
+
+
+@given(st.integers(10, 120), st.lists(st.integers(4, 100), max_size=5), st.floats(0.05, 0.6), st.floats(0.005, 0.1))
+@settings(max_examples=60)
+def test_whoever_all_datapoints_would_keep_is_seldom_pruned_early(n, looks, epsilon, alpha):
+    plan = plan_looks(n, tuple(looks), epsilon, alpha)
+    keep = min_flips_to_keep(n, epsilon, alpha)
+    chances = [plan.reversal_probability(flips) for flips in range(keep, n + 1)]
+    assert chances[0] <= 0.05 + 1e-9
+    assert all(fewer >= more - 1e-12 for fewer, more in itertools.pairwise(chances))
+    assert plan.prune_at_most[-1] < keep or keep == 0
+
+
+def test_simulated_reversals():
+    """10,000 orders of 7, 9 and 12 flips among 64 datapoints."""
+    plan = plan_looks(64, DEFAULT_LOOKS, 0.2, 0.025)
+    generator = rng(7, "orders")
+    for flips in (7, 9, 12):
+        orders = np.argsort(generator.random((10_000, 64)), axis=1) < flips
+        totals = orders.cumsum(axis=1)
+        limits = zip(plan.n_seen[:-1], plan.prune_at_most, strict=False)
+        pruned = np.any([totals[:, seen - 1] <= limit for seen, limit in limits], axis=0)
+        exact = plan.reversal_probability(flips)
+        assert abs(pruned.mean() - exact) <= 4 * np.sqrt(exact / 10_000)
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.2, 0.5])

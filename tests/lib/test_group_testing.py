@@ -251,7 +251,7 @@ def test_a_group_split_by_one_slice_does_not_cost_the_other():
     published = search(attribution_forest(np.zeros(8)), SLICES, oracle, PUBLISHED)
     assert all(record.n_evaluated == (64, 64) for record in published.records())
     # What is pruned has been seen on both, and so has a single agonist, in full.
-    assert {r.n_evaluated for r in records if r.verdict is Verdict.PRUNED} == {(20, 20)}
+    assert {r.n_evaluated for r in records if r.verdict is Verdict.PRUNED} == {(24, 24)}
     assert [r.n_evaluated for r in records if 0 in r.members and len(r.members) == 1] == [(64, 64)]
 
 
