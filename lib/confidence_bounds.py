@@ -22,7 +22,7 @@ _FUTILITY = 0.1
 # keep the boundary of the single look at 64 and prune a group without flips at half the cost.
 _SPENDING_POWER = 0.5
 # A group with just enough flips among all datapoints to be kept, in random order, is pruned before with at most this
-# probability: brute force would keep it, and recall is judged by that. The bound on alpha alone lets 15 to 40 % go.
+# probability: brute force would keep it, and recall is judged by that. The bound on alpha alone lets 13 to 15 % go.
 _REVERSAL = 0.05
 
 
