@@ -23,6 +23,10 @@ from lib.interventions import ReplacementTable
 from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
 
+_POSITIONS_AT_ONCE = 2048
+"""Positions that go through a block together on a processor: more no longer make its products faster, and what lies
+between them would leave the cache."""
+
 
 @dataclass(frozen=True)
 class AnswerEnd:
@@ -99,6 +103,10 @@ class ChunkRun:
         self.n_active = [sum(stage <= 2 * layer for stage in self.edits.first_stage) for layer in range(lm.n_layers)]
         """Per layer: how many groups are run through that block."""
         self.cache = WindowCache.empty(lm.n_layers)
+        width = state.tokens.shape[1]
+        n_at_once = max(1, _POSITIONS_AT_ONCE // (self.n_datapoints * width)) if lm.device.type == "cpu" else len(groups)
+        self.n_rows_at_once = n_at_once * self.n_datapoints
+        self.positions = state.positions.repeat(min(n_at_once, len(groups)), 1)
 
     def run(self, decode_rows: int) -> dict[tuple[int, int], str]:
         """Changed answers by (group, datapoint) place; `decode_rows` rows at a time are decoded further."""
@@ -116,34 +124,42 @@ class ChunkRun:
 
         A group joins the batch at the layer where it leaves the baseline.
         """
-        state, width = self.state, self.state.tokens.shape[1]
-        hidden = state.final.new_zeros(0, width, self.lm.d_model)
-        attend = shared_attention(state.prefix, causal_bias(width, self.lm.device))
+        state, n_joined = self.state, 0
+        hidden = state.final.repeat(self.n_groups, 1, 1)
+        attend = shared_attention(state.prefix, causal_bias(state.tokens.shape[1], self.lm.device))
         with attention_replaced(self.lm.model, self.lm.family, attend):
             for layer, n_active in enumerate(self.n_active):
-                hidden = self._join_before(layer, hidden)
-                if n_active:
-                    groups = torch.arange(n_active, device=self.lm.device).repeat_interleave(self.n_datapoints)
-                    positions = state.positions.repeat(n_active, 1)
-                    with self.editor.active(layer, groups, positions, self.datapoints.repeat(n_active)):
-                        hidden = run_block(self.lm.model, self.lm.family, layer, hidden, positions, self.cache)
-                hidden = self._join_after(layer, hidden)
-        n_missing = self.n_groups - hidden.shape[0] // self.n_datapoints
-        everything = torch.cat([hidden, state.final.repeat(n_missing, 1, 1)])
-        return everything.view(self.n_groups, self.n_datapoints, width, self.lm.d_model)
+                if n_active > n_joined:
+                    joining = hidden[n_joined * self.n_datapoints : n_active * self.n_datapoints]
+                    joining.copy_(block_input(self.lm, state, layer).repeat(n_active - n_joined, 1, 1))
+                self._run_block(layer, hidden[: n_active * self.n_datapoints])
+                n_joined = n_active + self._join_after(layer, hidden[n_active * self.n_datapoints :])
+        return hidden.view(self.n_groups, self.n_datapoints, *hidden.shape[1:])
 
-    def _join_before(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Add the groups that ablate attention units of this layer first."""
-        n_joining = sum(stage == 2 * layer for stage in self.edits.first_stage)
-        if not n_joining:
-            return hidden
-        return torch.cat([hidden, block_input(self.lm, self.state, layer).repeat(n_joining, 1, 1)])
+    def _run_block(self, layer: int, hidden: torch.Tensor) -> None:
+        """Run groups through a block, some at a time: [group * datapoint, position, d_model], changed in place."""
+        keys, values = [], []
+        for first in range(0, len(hidden), self.n_rows_at_once):
+            rows = hidden[first : first + self.n_rows_at_once]
+            groups = torch.arange(first, first + len(rows), device=rows.device) // self.n_datapoints
+            n_repeats = len(rows) // self.n_datapoints
+            positions = self.positions if len(rows) == len(self.positions) else self.positions[: len(rows)]
+            datapoints = self.datapoints.repeat(n_repeats)
+            with self.editor.active(layer, groups, positions, datapoints):
+                rows.copy_(run_block(self.lm.model, self.lm.family, layer, rows, positions, self.cache))
+            keys.append(self.cache.keys[layer])
+            values.append(self.cache.values[layer])
+        if len(keys) > 1:
+            self.cache.keys[layer], self.cache.values[layer] = torch.cat(keys), torch.cat(values)
 
-    def _join_after(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Add the groups whose first edit is this layer's MLP write, from the baseline's block output."""
+    def _join_after(self, layer: int, hidden: torch.Tensor) -> int:
+        """Start the groups whose first edit is this layer's MLP write from the baseline's block output; how many.
+
+        hidden [group * datapoint, position, d_model]: of these groups, and of those that join later.
+        """
         joining = [group for group, stage in enumerate(self.edits.first_stage) if stage == 2 * layer + 1]
         if not joining:
-            return hidden
+            return 0
         label = f"m{layer}"
         numbers, masks = self.edits.masks[label]
         place = {int(number): i for i, number in enumerate(numbers)}
@@ -154,7 +170,8 @@ class ChunkRun:
             values = values + write.mean(dim=-1, keepdim=True)
         edited = torch.where(masks[:, None, None], values[None], write[None])
         joined = combine_layer(self.lm, self.state, layer, edited)
-        return torch.cat([hidden, joined.flatten(0, 1)])
+        hidden[: len(joining) * self.n_datapoints] = joined.flatten(0, 1)
+        return len(joining)
 
     # ------------------------------------------------------------ comparing with the baseline
 
