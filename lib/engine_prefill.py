@@ -61,13 +61,49 @@ def _levels(prefixes: Sequence[Sequence[int]]) -> list[int]:
 
 def _extend(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]], start: int) -> Prefix:
     """The prefix of each sequence put behind `before`: `start` tokens of one datapoint, or of one for each sequence."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=lm.device)
+    width = int(lengths.max())
+    shape = (len(sequences), lm.n_kv_heads, width, lm.d_head)
+    keys, values = (
+        [torch.zeros(shape, device=lm.device, dtype=lm.dtype) for _ in range(lm.n_layers)] for _ in range(2)
+    )
+    for members in _parts(lengths.tolist()):
+        rows = torch.tensor(members, device=lm.device)
+        of_rows = before if len(before.bias) == 1 else before.select(rows)
+        cache = _run_behind(lm, of_rows, [sequences[row] for row in members], start)
+        for kept, new in zip((*keys, *values), (*cache.keys, *cache.values), strict=True):
+            kept[rows, :, : new.shape[2]] = new
+
+    def joined(shared: list[torch.Tensor], own: list[torch.Tensor]) -> list[torch.Tensor]:
+        pairs = zip(shared, own, strict=True)
+        return [torch.cat([first.expand(len(sequences), -1, -1, -1), second], dim=2) for first, second in pairs]
+
+    is_padding = torch.arange(width, device=lm.device)[None] >= lengths[:, None]
+    bias = torch.zeros(is_padding.shape, device=lm.device).masked_fill(is_padding, MINUS_INFINITY)
+    bias = torch.cat([bias.new_zeros(len(sequences), start), bias], dim=1)
+    return Prefix(joined(before.keys, keys), joined(before.values, values), bias)
+
+
+def _parts(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that are run together, shorter ones first: parted where the padding that it saves is worth a trip.
+
+    Rows without tokens are in no part.
+    """
+    parts: list[list[int]] = []
+    for row in sorted((row for row, length in enumerate(lengths) if length), key=lengths.__getitem__):
+        if not parts or len(parts[-1]) * (lengths[row] - lengths[parts[-1][-1]]) >= _TRIP:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
+
+
+def _run_behind(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]], start: int) -> WindowCache:
+    """Keys and values of tokens behind `before`, as in `_extend`, right-padded."""
     width = max(map(len, sequences))
     tokens = torch.full((len(sequences), width), lm.pad_token_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.long)
-        mask[row, : len(sequence)] = True
-    tokens, mask = tokens.to(lm.device), mask.to(lm.device)
+    tokens = tokens.to(lm.device)
     cache = WindowCache.empty(lm.n_layers)
     positions = (start + torch.arange(width, device=lm.device)).expand(len(sequences), -1)
     # Sequences behind a single datapoint are its groups; padding is at the end, so causality hides it.
@@ -76,14 +112,7 @@ def _extend(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[int]
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)
-
-    def joined(shared: list[torch.Tensor], own: list[torch.Tensor | None]) -> list[torch.Tensor]:
-        pairs = zip(shared, own, strict=True)
-        return [torch.cat([first.expand(len(sequences), -1, -1, -1), second], dim=2) for first, second in pairs]
-
-    bias = torch.zeros(mask.shape, device=lm.device).masked_fill(~mask, MINUS_INFINITY)
-    bias = torch.cat([bias.new_zeros(len(sequences), start), bias], dim=1)
-    return Prefix(joined(before.keys, cache.keys), joined(before.values, cache.values), bias)
+    return cache
 
 
 def _nothing(lm: LanguageModel) -> Prefix:
