@@ -100,8 +100,9 @@ def test_answers_equal_naive_hooks(family, intervention, mode):
     intervention=st.sampled_from(list(Intervention)),
     mode=st.sampled_from(["answer", "generated", "whole"]),
     with_bos=st.booleans(),
+    at_once=st.sampled_from([1, 30, 2048]),
 )
-def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos):
+def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos, at_once):
     decode_only = mode != "whole"
     scope = DecodeScope.GENERATED if mode == "generated" else DecodeScope.ANSWER
     lm = tiny_model(family, seed=seed, with_bos=with_bos)
@@ -109,7 +110,9 @@ def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos):
     groups = random_groups(lm, seed=seed, n_groups=3)
     generator = np.random.default_rng(seed)
     datapoints = generator.choice(len(PROMPTS), size=4, replace=False).tolist()
-    assert_equal_to_naive(lm, engine, groups, datapoints, decode_only=decode_only, scope=scope)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.engine_chunk._POSITIONS_AT_ONCE", at_once)
+        assert_equal_to_naive(lm, engine, groups, datapoints, decode_only=decode_only, scope=scope)
 
 
 def test_small_memory_and_order_do_not_change_answers():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lib.ablation_engine import AblationEngine
 from lib.cli import UserError
 from lib.engine_baseline import answer_and_record, compute_baseline
-from lib.engine_prefill import _levels, prefill
+from lib.engine_prefill import _levels, _parts, prefill
 from lib.engine_state import Window
 from lib.interventions import Intervention, build_table
 from lib.modeling_and_ablation import LanguageModel
@@ -113,6 +113,15 @@ def test_beginnings_worth_a_trip_of_their_own():
     assert _levels([(7,) * 63 + (row,) for row in range(2)]) == []
     assert _levels([(1, 2, 3)] * 3) == _levels([(), (1,)]) == _levels([(5,)]) == []
     assert _levels([(1, 2, 3)] * 60) == [3]
+
+
+def test_rests_are_parted_where_the_padding_saved_is_worth_a_trip():
+    # Put with longer ones, 63 rows of one token need 63 more, which are not worth a trip; 64 are.
+    assert _parts([0, 2, *[1] * 63]) == [[*range(2, 65), 1]]
+    assert _parts([0, 2, *[1] * 64]) == [list(range(2, 66)), [1]]
+    assert _parts([40, 8, 0, 39]) == [[1, 3, 0]]
+    assert _parts([80, 8, 0, 7]) == [[3, 1], [0]]
+    assert _parts([0, 0]) == []
 
 
 sequences = st.lists(st.lists(st.integers(2, 4), max_size=6), min_size=1, max_size=8)
