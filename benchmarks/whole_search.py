@@ -3,7 +3,8 @@
 Published: random halves of each layer, every group on all datapoints of the plan as they come, each group by hooked
 greedy decoding from a copy of the prompt cache. Default: one forest by attribution, calm datapoints, sequential looks,
 on the engine; it runs before and after the published one and its mean time counts, as machines drift. Seconds are of
-the search, the default's noise groups included; each side's baseline answers are timed beside. Takes the flags of stage 6 and needs the files of stages 2 to 5. Prints a table and one line of key=value pairs.
+the search, the default's noise groups included; each side's baseline answers are timed beside. Takes the flags of stage
+6 and needs the files of stages 2 to 5. Prints a table and one line of key=value pairs.
 """
 
 from __future__ import annotations

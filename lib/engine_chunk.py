@@ -103,10 +103,12 @@ class ChunkRun:
         self.n_active = [sum(stage <= 2 * layer for stage in self.edits.first_stage) for layer in range(lm.n_layers)]
         """Per layer: how many groups are run through that block."""
         self.cache = WindowCache.empty(lm.n_layers)
-        width = state.tokens.shape[1]
-        n_at_once = max(1, _POSITIONS_AT_ONCE // (self.n_datapoints * width)) if lm.device.type == "cpu" else len(groups)
+        n_at_once = len(groups)
+        if lm.device.type == "cpu":
+            n_at_once = min(n_at_once, max(1, _POSITIONS_AT_ONCE // state.tokens.numel()))
         self.n_rows_at_once = n_at_once * self.n_datapoints
-        self.positions = state.positions.repeat(min(n_at_once, len(groups)), 1)
+        self.positions = state.positions.repeat(n_at_once, 1)
+        """[row, position] of as many groups as go through a block together."""
 
     def run(self, decode_rows: int) -> dict[tuple[int, int], str]:
         """Changed answers by (group, datapoint) place; `decode_rows` rows at a time are decoded further."""
