@@ -24,8 +24,8 @@ from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
 
 _POSITIONS_AT_ONCE = 2048
-"""Positions that go through a block together on a processor: more no longer make its products faster, and what lies
-between them would leave the cache."""
+"""Positions that go through a block together on a CPU: more no longer make its products faster, and what lies between
+them would leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,11 @@ class ChunkRun:
         self.n_active = [sum(stage <= 2 * layer for stage in self.edits.first_stage) for layer in range(lm.n_layers)]
         """Per layer: how many groups are run through that block."""
         self.cache = WindowCache.empty(lm.n_layers)
-        n_at_once = len(groups)
+        self.n_at_once = len(groups)
+        """How many groups go through a block together."""
         if lm.device.type == "cpu":
-            n_at_once = min(n_at_once, max(1, _POSITIONS_AT_ONCE // state.tokens.numel()))
-        self.n_rows_at_once = n_at_once * self.n_datapoints
-        self.positions = state.positions.repeat(n_at_once, 1)
-        """[row, position] of as many groups as go through a block together."""
+            self.n_at_once = min(self.n_at_once, max(1, _POSITIONS_AT_ONCE // state.tokens.numel()))
+        self.positions = state.positions.repeat(self.n_at_once, 1)
 
     def run(self, decode_rows: int) -> dict[tuple[int, int], str]:
         """Changed answers by (group, datapoint) place; `decode_rows` rows at a time are decoded further."""
@@ -127,28 +126,27 @@ class ChunkRun:
         A group joins the batch at the layer where it leaves the baseline.
         """
         state, n_joined = self.state, 0
-        hidden = state.final.repeat(self.n_groups, 1, 1)
+        hidden = state.final.repeat(self.n_groups, 1, 1, 1)
         attend = shared_attention(state.prefix, causal_bias(state.tokens.shape[1], self.lm.device))
         with attention_replaced(self.lm.model, self.lm.family, attend):
             for layer, n_active in enumerate(self.n_active):
                 if n_active > n_joined:
-                    joining = hidden[n_joined * self.n_datapoints : n_active * self.n_datapoints]
-                    joining.copy_(block_input(self.lm, state, layer).repeat(n_active - n_joined, 1, 1))
-                self._run_block(layer, hidden[: n_active * self.n_datapoints])
-                n_joined = n_active + self._join_after(layer, hidden[n_active * self.n_datapoints :])
-        return hidden.view(self.n_groups, self.n_datapoints, *hidden.shape[1:])
+                    hidden[n_joined:n_active] = block_input(self.lm, state, layer)
+                self._through_block(layer, hidden[:n_active])
+                n_joined = n_active + self._join_after(layer, hidden[n_active:])
+        return hidden
 
-    def _run_block(self, layer: int, hidden: torch.Tensor) -> None:
-        """Run groups through a block, some at a time: [group * datapoint, position, d_model], changed in place."""
+    def _through_block(self, layer: int, hidden: torch.Tensor) -> None:
+        """Run groups through a block, some at a time: [group, datapoint, position, d_model], changed in place."""
         keys, values = [], []
-        for first in range(0, len(hidden), self.n_rows_at_once):
-            rows = hidden[first : first + self.n_rows_at_once]
-            groups = torch.arange(first, first + len(rows), device=rows.device) // self.n_datapoints
-            n_repeats = len(rows) // self.n_datapoints
-            positions = self.positions if len(rows) == len(self.positions) else self.positions[: len(rows)]
-            datapoints = self.datapoints.repeat(n_repeats)
-            with self.editor.active(layer, groups, positions, datapoints):
-                rows.copy_(run_block(self.lm.model, self.lm.family, layer, rows, positions, self.cache))
+        for first in range(0, len(hidden), self.n_at_once):
+            some = hidden[first : first + self.n_at_once]
+            groups = torch.arange(first, first + len(some), device=hidden.device).repeat_interleave(self.n_datapoints)
+            # The cache knows rotary tables by the very tensor of positions: the whole one stays the same.
+            positions = self.positions if len(some) == self.n_at_once else self.positions[: len(groups)]
+            with self.editor.active(layer, groups, positions, self.datapoints.repeat(len(some))):
+                output = run_block(self.lm.model, self.lm.family, layer, some.flatten(0, 1), positions, self.cache)
+            some.copy_(output.view_as(some))
             keys.append(self.cache.keys[layer])
             values.append(self.cache.values[layer])
         if len(keys) > 1:
@@ -157,7 +155,7 @@ class ChunkRun:
     def _join_after(self, layer: int, hidden: torch.Tensor) -> int:
         """Start the groups whose first edit is this layer's MLP write from the baseline's block output; how many.
 
-        hidden [group * datapoint, position, d_model]: of these groups, and of those that join later.
+        hidden [group, datapoint, position, d_model]: of these groups, and of those that join later.
         """
         joining = [group for group, stage in enumerate(self.edits.first_stage) if stage == 2 * layer + 1]
         if not joining:
@@ -171,8 +169,7 @@ class ChunkRun:
         if self.lm.centred_writes:
             values = values + write.mean(dim=-1, keepdim=True)
         edited = torch.where(masks[:, None, None], values[None], write[None])
-        joined = combine_layer(self.lm, self.state, layer, edited)
-        hidden[: len(joining) * self.n_datapoints] = joined.flatten(0, 1)
+        hidden[: len(joining)] = combine_layer(self.lm, self.state, layer, edited)
         return len(joining)
 
     # ------------------------------------------------------------ comparing with the baseline
