@@ -26,6 +26,7 @@ from lib.engine_state import BaselineState, Site, Window
 from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
+from lib.packed_weights import pack_weights
 
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
@@ -67,7 +68,8 @@ class AblationEngine:
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
     is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
     compared.
-    memory_mb: working memory for passes and, again as much, for baseline states. batch_size: prompts per forward pass
+    memory_mb: working memory for passes; as much again for baseline states, and at most as much for a second copy of
+    the weights that makes products faster (`packed_weights`). batch_size: prompts per forward pass
     where the model's answers come from a run of their own, for any but the default intervention.
     """
 
@@ -89,6 +91,7 @@ class AblationEngine:
         self.table = table
         self.end = AnswerEnd(lm, max_new_tokens, is_complete)
         self.memory_bytes = memory_mb * 2**20
+        pack_weights(lm.model, lm.blocks, self.memory_bytes)
         self.counters = EngineCounters()
         self._mode = decode_only, decode_scope
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from lib.architectures import attention_replaced, embed, run_block
-from lib.engine_forward import Prefix, WindowCache, causal_bias, filled_slots, shared_attention
+from lib.architectures import embed, run_block
+from lib.engine_forward import Prefix, WindowCache, causal_bias, engine_pass, filled_slots, shared_attention
 from lib.engine_logits import next_tokens
 from lib.engine_prefill import prefill
 from lib.engine_state import BaselineState, Window
@@ -57,7 +57,7 @@ def _answer_step(
     cache = WindowCache(state.keys, state.values, torch.full_like(rows, step), some)
     attend = shared_attention(prefix, filled_slots(cache.slots[:1], state.tokens.shape[1]))
     tokens, positions = state.tokens[rows, step, None], state.positions[rows, step, None]
-    with attention_replaced(lm.model, lm.family, attend):
+    with engine_pass(lm, attend):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             with recorder.recording(layer, hidden):
@@ -113,10 +113,7 @@ def compute_baseline(lm: LanguageModel, windows: Sequence[Window]) -> BaselineSt
     positions = _positions(lm, prefix_length, width)
     recorder = _Recorder(lm)
     cache = WindowCache.empty(lm.n_layers)
-    with (
-        torch.inference_mode(),
-        attention_replaced(lm.model, lm.family, shared_attention(prefix, causal_bias(width, lm.device))),
-    ):
+    with engine_pass(lm, shared_attention(prefix, causal_bias(width, lm.device))):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             with recorder.recording(layer, hidden):

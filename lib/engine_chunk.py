@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.architectures import attention_replaced, embed, run_block
+from lib.architectures import embed, run_block
 from lib.engine_forward import (
     Editor,
     GroupEdits,
     Prefix,
     WindowCache,
     causal_bias,
+    engine_pass,
     filled_slots,
     shared_attention,
 )
@@ -128,7 +129,7 @@ class ChunkRun:
         state, n_joined = self.state, 0
         hidden = state.final.repeat(self.n_groups, 1, 1, 1)
         attend = shared_attention(state.prefix, causal_bias(state.tokens.shape[1], self.lm.device))
-        with attention_replaced(self.lm.model, self.lm.family, attend):
+        with engine_pass(self.lm, attend):
             for layer, n_active in enumerate(self.n_active):
                 if n_active > n_joined:
                     hidden[n_joined:n_active] = block_input(self.lm, state, layer)
@@ -271,7 +272,7 @@ class ChunkRun:
     ) -> torch.Tensor:
         """Run one new token of each row through the network under ablation: the next token of each row."""
         attend = shared_attention(prefix, filled_slots(own.slots, own.keys[0].shape[2]))
-        with attention_replaced(self.lm.model, self.lm.family, attend):
+        with engine_pass(self.lm, attend):
             hidden = embed(self.lm.model, self.lm.family, token, positions)
             for layer in range(self.lm.n_layers):
                 with self.editor.active(layer, groups, positions, datapoints):

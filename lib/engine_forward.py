@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from lib.architectures import attention_scale
+from lib.architectures import AttentionFunction, attention_replaced, attention_scale
 from lib.interventions import ReplacementTable, head_write
 from lib.modeling_and_ablation import LanguageModel
 from lib.neurons import Neuron, parse_label
+from lib.packed_weights import packed_products
 
 MINUS_INFINITY = float("-inf")
 
@@ -85,6 +86,13 @@ class Prefix:
             [v[datapoints, :, :width] for v in self.values],
             bias[:, :width],
         )
+
+
+@contextlib.contextmanager
+def engine_pass(lm: LanguageModel, attend: AttentionFunction) -> Iterator[None]:
+    """While active, blocks compute attention with `attend`, multiply as fast as they can, and keep no gradients."""
+    with torch.inference_mode(), attention_replaced(lm.model, lm.family, attend), packed_products(lm.model):
+        yield
 
 
 def attend_shared(

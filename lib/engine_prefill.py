@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lib.architectures import attention_replaced, embed, run_block
-from lib.engine_forward import MINUS_INFINITY, Prefix, WindowCache, causal_bias, shared_attention
+from lib.architectures import embed, run_block
+from lib.engine_forward import MINUS_INFINITY, Prefix, WindowCache, causal_bias, engine_pass, shared_attention
 from lib.modeling_and_ablation import LanguageModel
 from lib.prefix import common_prefix_length
 
@@ -108,7 +108,7 @@ def _run_behind(lm: LanguageModel, before: Prefix, sequences: Sequence[Sequence[
     positions = (start + torch.arange(width, device=lm.device)).expand(len(sequences), -1)
     # Sequences behind a single datapoint are its groups; padding is at the end, so causality hides it.
     attend = shared_attention(before, causal_bias(width, lm.device))
-    with torch.inference_mode(), attention_replaced(lm.model, lm.family, attend):
+    with engine_pass(lm, attend):
         hidden = embed(lm.model, lm.family, tokens, positions)
         for layer in range(lm.n_layers):
             hidden = run_block(lm.model, lm.family, layer, hidden, positions, cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -101,17 +103,21 @@ def test_answers_equal_naive_hooks(family, intervention, mode):
     mode=st.sampled_from(["answer", "generated", "whole"]),
     with_bos=st.booleans(),
     at_once=st.sampled_from([1, 30, 2048]),
+    is_packed=st.booleans(),
 )
-def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos, at_once):
+def test_fresh_models_and_groups(family, seed, intervention, mode, with_bos, at_once, is_packed):
     decode_only = mode != "whole"
     scope = DecodeScope.GENERATED if mode == "generated" else DecodeScope.ANSWER
     lm = tiny_model(family, seed=seed, with_bos=with_bos)
-    engine = make_engine(lm, intervention, decode_only=decode_only, scope=scope)
     groups = random_groups(lm, seed=seed, n_groups=3)
     generator = np.random.default_rng(seed)
     datapoints = generator.choice(len(PROMPTS), size=4, replace=False).tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib.engine_chunk._POSITIONS_AT_ONCE", at_once)
+        if not is_packed:
+            patch.setattr("lib.packed_weights._packed", weakref.WeakKeyDictionary())
+            patch.setattr("lib.packed_weights._is_supported", lambda weights: False)
+        engine = make_engine(lm, intervention, decode_only=decode_only, scope=scope)
         assert_equal_to_naive(lm, engine, groups, datapoints, decode_only=decode_only, scope=scope)
 
 

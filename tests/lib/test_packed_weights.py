@@ -1,0 +1,91 @@
+"""Products with weights ordered in advance equal plain ones and leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lib.packed_weights import pack_weights, packed_products
+from tests.models import FAMILIES, tiny_model
+
+_ENOUGH = 2**30
+
+
+@pytest.fixture
+def make_model():
+    """Fresh copies of tiny models, so that no other test has packed them; skips where packing is not supported."""
+
+    def make(family):
+        model = copy.deepcopy(tiny_model(family, seed=21).model)
+        blocks = model.model.layers if family in ("llama", "qwen2") else model.transformer.h
+        return model, blocks
+
+    if not pack_weights(*make("llama"), _ENOUGH):
+        pytest.skip("this processor has no products for weights ordered in advance")
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_plain_model(family, make_model):
+    model, blocks = make_model(family)
+    ids = torch.arange(4, 16).view(2, 6)
+    with torch.inference_mode():
+        plain = model(ids).logits
+        assert pack_weights(model, blocks, _ENOUGH)
+        with packed_products(model):
+            torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_projection_of_the_blocks_takes_part(family, make_model):
+    model, blocks = make_model(family)
+    pack_weights(model, blocks, _ENOUGH)
+    projections = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    assert len(projections) == {"llama": 7, "gpt2": 4}[family] * len(blocks)
+    with packed_products(model):
+        assert all("forward" in vars(module) for module in projections)
+    assert not any("forward" in vars(module) for module in projections)
+
+
+def test_rows_by_hand_with_bias(make_model):
+    layer = torch.nn.Linear(2, 3)
+    layer.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    layer.bias.data = torch.tensor([0.5, 0.0, -0.5])
+    blocks = torch.nn.ModuleList([layer])
+    assert pack_weights(blocks, blocks, _ENOUGH)
+    with torch.inference_mode(), packed_products(blocks):
+        assert layer(torch.tensor([[[1.0, 1.0]], [[2.0, -1.0]]])).tolist() == [[[3.5, 7.0, 10.5]], [[0.5, 2.0, 3.5]]]
+
+
+def test_hooks_run_and_may_change_the_output(make_model):
+    model, blocks = make_model("llama")
+    pack_weights(model, blocks, _ENOUGH)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode(), packed_products(model):
+        before = model(ids).logits
+        handle = blocks[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+        assert not torch.allclose(model(ids).logits, before)
+        handle.remove()
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_an_error_inside_leaves_the_plain_model(make_model):
+    model, blocks = make_model("llama")
+    pack_weights(model, blocks, _ENOUGH)
+    with pytest.raises(RuntimeError, match="stop"), packed_products(model):
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(module) for module in blocks.modules())
+
+
+def test_copies_that_are_too_large_or_not_float32_are_not_made(make_model):
+    model, blocks = make_model("llama")
+    n_bytes = sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear))
+    assert not pack_weights(model, blocks, n_bytes - 1)
+    assert not pack_weights(model.to(torch.bfloat16), blocks, n_bytes)
+    with packed_products(model):
+        assert not any("forward" in vars(module) for module in blocks.modules())
+    model.to(torch.float32)
+    assert pack_weights(model, blocks, n_bytes)
