@@ -68,9 +68,10 @@ class AblationEngine:
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
     is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
     compared.
-    memory_mb: working memory for passes; as much again for baseline states, and at most as much for a second copy of
-    the weights that makes products faster (`packed_weights`). batch_size: prompts per forward pass
-    where the model's answers come from a run of their own, for any but the default intervention.
+    memory_mb: working memory for passes and, again as much, for baseline states. A second copy of the weights that makes
+    products faster (`packed_weights`), made if it is no larger, takes up to half of the passes' share.
+    batch_size: prompts per forward pass where the model's answers come from a run of their own, for any but the
+    default intervention.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class AblationEngine:
         self.table = table
         self.end = AnswerEnd(lm, max_new_tokens, is_complete)
         self.memory_bytes = memory_mb * 2**20
-        pack_weights(lm.model, lm.blocks, self.memory_bytes)
+        n_packed = pack_weights(lm.model, lm.blocks, self.memory_bytes)
+        self.pass_bytes = max(self.memory_bytes // 2, self.memory_bytes - n_packed)
         self.counters = EngineCounters()
         self._mode = decode_only, decode_scope
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
@@ -237,14 +239,15 @@ class AblationEngine:
         widest = 20 * self.lm.d_model
         scores = 2 * self.lm.n_heads * (state.prefix.bias.shape[1] + width)
         row_bytes = self.lm.dtype.itemsize * width * (kv_values + widest + scores)
-        n_groups = max(1, int(self.memory_bytes / row_bytes / n_datapoints))
+        n_groups = max(1, int(self.pass_bytes / row_bytes / n_datapoints))
         n_slots = state.prefix.bias.shape[1] + width + self.end.max_new_tokens
-        return n_groups, max(16, int(self.memory_bytes / (2 * self.lm.dtype.itemsize * kv_values * n_slots)))
+        return n_groups, max(16, int(self.pass_bytes / (2 * self.lm.dtype.itemsize * kv_values * n_slots)))
 
     def _shrink(self) -> None:
         """Halve the working memory after running out of it."""
         self.memory_bytes //= 2
-        if self.memory_bytes < _SMALLEST_BUDGET:
+        self.pass_bytes //= 2
+        if self.pass_bytes < _SMALLEST_BUDGET:
             raise UserError(_TOO_LARGE)
 
     def _places(self, state: BaselineState, members: list[int], n_singles: int) -> Places | None:

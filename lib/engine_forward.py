@@ -56,6 +56,12 @@ class WindowCache:
             return self.keys[layer], self.values[layer]
         return self.keys[layer][rows], self.values[layer][rows]
 
+    def narrow(self, rows: torch.Tensor) -> None:
+        """Keep some rows of all layers; layer by layer, so that there are never two copies of all."""
+        for store in (self.keys, self.values):
+            for layer, tensor in enumerate(store):
+                store[layer] = tensor[rows]
+
     def rotary(self, module: torch.nn.Module, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """The rotary tables of these positions, computed once per set of positions."""
         if self._rotary is None or self._rotary[0] is not positions:
@@ -79,13 +85,24 @@ class Prefix:
 
     def select(self, datapoints: torch.Tensor) -> Prefix:
         """The prefix of some datapoints (which may repeat), trimmed to the longest."""
-        bias = self.bias[datapoints]
-        width = int((bias == 0).sum(1).max()) if bias.numel() else 0
+        bias = self._bias_of(datapoints)
+        width = bias.shape[1]
         return Prefix(
-            [k[datapoints, :, :width] for k in self.keys],
-            [v[datapoints, :, :width] for v in self.values],
-            bias[:, :width],
+            [k[datapoints, :, :width] for k in self.keys], [v[datapoints, :, :width] for v in self.values], bias
         )
+
+    def narrowed(self, datapoints: torch.Tensor) -> Prefix:
+        """As `select`, but layer by layer in this prefix's own place: it is not to be used any more."""
+        bias = self._bias_of(datapoints)
+        for store in (self.keys, self.values):
+            for layer, tensor in enumerate(store):
+                store[layer] = tensor[datapoints, :, : bias.shape[1]]
+        return Prefix(self.keys, self.values, bias)
+
+    def _bias_of(self, datapoints: torch.Tensor) -> torch.Tensor:
+        """The bias of some datapoints, trimmed to the longest."""
+        bias = self.bias[datapoints]
+        return bias[:, : int((bias == 0).sum(1).max()) if bias.numel() else 0]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ quarter faster than those on ordinary ones. The price is a second copy of the we
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,20 +16,26 @@ import torch
 from torch import nn
 
 
-def pack_weights(model: nn.Module, blocks: nn.ModuleList, most_bytes: int) -> bool:
+_MOST_PRODUCTS = "64"
+"""oneDNN keeps code for as many kinds of products, half a megabyte each; its own default is 1,024. A kind is a shape of
+weights and a number of rows, and a pass through the blocks uses a few kinds for all layers."""
+
+
+def pack_weights(model: nn.Module, blocks: nn.ModuleList, most_bytes: int) -> int:
     """Order the weights of all projections in a model's blocks, once; they are used within `packed_products`.
 
     Nothing happens where it does not pay (only float32 on an x86 processor is known to), or where the copy would take
-    more than `most_bytes`. Returns whether the weights are ordered now.
+    more than `most_bytes`. Returns the size of the copy in bytes, 0 if there is none.
     """
-    if model in _packed:
-        return True
     projections = [module for module in blocks.modules() if _is_projection(module)]
     weights = [module.weight for module in projections]
-    if not _is_supported(weights) or sum(weight.nbytes for weight in weights) > most_bytes:
-        return False
-    _packed[model] = [(module, _packed_forward(module)) for module in projections]
-    return True
+    n_bytes = sum(weight.nbytes for weight in weights)
+    if model not in _packed:
+        if not _is_supported(weights) or n_bytes > most_bytes:
+            return 0
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _MOST_PRODUCTS)
+        _packed[model] = [(module, _packed_forward(module)) for module in projections]
+    return n_bytes
 
 
 @contextlib.contextmanager

@@ -83,9 +83,10 @@ def test_an_error_inside_leaves_the_plain_model(make_model):
 def test_copies_that_are_too_large_or_not_float32_are_not_made(make_model):
     model, blocks = make_model("llama")
     n_bytes = sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear))
-    assert not pack_weights(model, blocks, n_bytes - 1)
-    assert not pack_weights(model.to(torch.bfloat16), blocks, n_bytes)
+    assert pack_weights(model, blocks, n_bytes - 1) == 0
+    assert pack_weights(model.to(torch.bfloat16), blocks, n_bytes) == 0
     with packed_products(model):
         assert not any("forward" in vars(module) for module in blocks.modules())
     model.to(torch.float32)
-    assert pack_weights(model, blocks, n_bytes)
+    assert pack_weights(model, blocks, n_bytes) == n_bytes
+    assert pack_weights(model, blocks, 0) == n_bytes
