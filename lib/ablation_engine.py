@@ -68,8 +68,8 @@ class AblationEngine:
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
     is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
     compared.
-    memory_mb: working memory for passes and, again as much, for baseline states. A second copy of the weights that makes
-    products faster (`packed_weights`), made if it is no larger, takes up to half of the passes' share.
+    memory_mb: working memory for passes and, again as much, for baseline states. A second copy of the weights, which
+    makes products faster (`packed_weights`) and is made if it is no larger, takes up to half of the passes' share.
     batch_size: prompts per forward pass where the model's answers come from a run of their own, for any but the
     default intervention.
     """

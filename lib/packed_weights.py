@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-
 _MOST_PRODUCTS = "64"
 """oneDNN keeps code for as many kinds of products, half a megabyte each; its own default is 1,024. A kind is a shape of
 weights and a number of rows, and a pass through the blocks uses a few kinds for all layers."""
