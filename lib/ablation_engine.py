@@ -26,7 +26,7 @@ from lib.engine_state import BaselineState, Site, Window
 from lib.interventions import DecodeScope, ReplacementTable
 from lib.modeling_and_ablation import Generation, LanguageModel
 from lib.neurons import Neuron
-from lib.packed_weights import pack_weights
+from lib.packed_weights import pack_weights, unpack_weights
 
 IsSettled = Callable[[int, int, str], bool]
 """Says of the beginning of a changed answer, (group number, datapoint, text), that the rest of it is not wanted."""
@@ -68,8 +68,8 @@ class AblationEngine:
     the prompt alone and intervene at answer-producing positions (`decode_scope`); otherwise at every position.
     is_complete: says of an answer so far that nothing after it matters; decoding stops there, and later tokens are not
     compared.
-    memory_mb: working memory for passes and, again as much, for baseline states. A second copy of the weights, which
-    makes products faster (`packed_weights`) and is made if it is no larger, takes up to half of the passes' share.
+    memory_mb: working memory for passes and, again as much, for baseline states. A second copy of the weights makes
+    products faster (`packed_weights`); where it is no larger it is made, and passes have the rest, but at least half.
     batch_size: prompts per forward pass where the model's answers come from a run of their own, for any but the
     default intervention.
     """
@@ -92,8 +92,8 @@ class AblationEngine:
         self.table = table
         self.end = AnswerEnd(lm, max_new_tokens, is_complete)
         self.memory_bytes = memory_mb * 2**20
-        n_packed = pack_weights(lm.model, lm.blocks, self.memory_bytes)
-        self.pass_bytes = max(self.memory_bytes // 2, self.memory_bytes - n_packed)
+        packed_bytes = _if_it_fits(partial(pack_weights, lm.model, lm.blocks, self.memory_bytes)) or 0
+        self.pass_bytes = max(self.memory_bytes // 2, self.memory_bytes - packed_bytes)
         self.counters = EngineCounters()
         self._mode = decode_only, decode_scope
         prompt_ids = lm.tokenize(prompts, max_len=lm.n_positions - max_new_tokens)
@@ -244,7 +244,8 @@ class AblationEngine:
         return n_groups, max(16, int(self.pass_bytes / (2 * self.lm.dtype.itemsize * kv_values * n_slots)))
 
     def _shrink(self) -> None:
-        """Halve the working memory after running out of it."""
+        """Halve the working memory after running out of it, and do without a copy of the weights."""
+        unpack_weights(self.lm.model)
         self.memory_bytes //= 2
         self.pass_bytes //= 2
         if self.pass_bytes < _SMALLEST_BUDGET:
@@ -310,6 +311,7 @@ class AblationEngine:
                 if len(ids) == 1 and not self._states:
                     raise UserError(_TOO_LARGE)
                 self._states.clear()
+                unpack_weights(self.lm.model)
                 middle = (len(ids) + 1) // 2
                 waiting[:1] = [part for part in (waiting[0][:middle], waiting[0][middle:]) if part]
                 continue

@@ -235,8 +235,8 @@ class ChunkRun:
             kept = [index for index, i in enumerate(alive.tolist()) if not self._is_finished(numbers[i], ids[i])]
             if len(kept) < len(alive):
                 keep = torch.tensor(kept, dtype=torch.long, device=device)
-                own.narrow(keep)
-                prefix, alive = prefix.narrowed(keep), alive[keep]
+                own.narrow_in_place(keep)
+                prefix, alive = prefix.narrow_in_place(keep), alive[keep]
             slots = slots + 1
         return {row: self.end.without_stop(answer) for row, answer in zip(numbers, ids, strict=True)}
 

@@ -56,8 +56,8 @@ class WindowCache:
             return self.keys[layer], self.values[layer]
         return self.keys[layer][rows], self.values[layer][rows]
 
-    def narrow(self, rows: torch.Tensor) -> None:
-        """Keep some rows of all layers; layer by layer, so that there are never two copies of all."""
+    def narrow_in_place(self, rows: torch.Tensor) -> None:
+        """Keep some rows of the stores; layer by layer, so that there are never two copies of all. Slots stay."""
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):
                 store[layer] = tensor[rows]
@@ -91,8 +91,8 @@ class Prefix:
             [k[datapoints, :, :width] for k in self.keys], [v[datapoints, :, :width] for v in self.values], bias
         )
 
-    def narrowed(self, datapoints: torch.Tensor) -> Prefix:
-        """As `select`, but layer by layer in this prefix's own place: it is not to be used any more."""
+    def narrow_in_place(self, datapoints: torch.Tensor) -> Prefix:
+        """As `select`, but layer by layer in this prefix's own lists: it must be nobody else's, and is used up."""
         bias = self._bias_of(datapoints)
         for store in (self.keys, self.values):
             for layer, tensor in enumerate(store):

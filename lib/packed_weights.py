@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-_MOST_PRODUCTS = "64"
-"""oneDNN keeps code for as many kinds of products, half a megabyte each; its own default is 1,024. A kind is a shape of
-weights and a number of rows, and a pass through the blocks uses a few kinds for all layers."""
+_KERNELS_KEPT = "64"
+"""oneDNN keeps code for as many shapes of products, half a megabyte each; its own default of 1,024 is no faster here.
+Of effect if nothing in the process has used oneDNN before."""
 
 
 def pack_weights(model: nn.Module, blocks: nn.ModuleList, most_bytes: int) -> int:
     """Order the weights of all projections in a model's blocks, once; they are used within `packed_products`.
 
-    Nothing happens where it does not pay (only float32 on an x86 processor is known to), or where the copy would take
-    more than `most_bytes`. Returns the size of the copy in bytes, 0 if there is none.
+    Nothing happens where it does not pay (only float32 on an x86 processor is known to), or where the weights take more
+    than `most_bytes`. The weights must not change afterwards. Returns their size in bytes, 0 if there is no copy.
     """
     projections = [module for module in blocks.modules() if _is_projection(module)]
     weights = [module.weight for module in projections]
@@ -32,22 +32,30 @@ def pack_weights(model: nn.Module, blocks: nn.ModuleList, most_bytes: int) -> in
     if model not in _packed:
         if not _is_supported(weights) or n_bytes > most_bytes:
             return 0
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _MOST_PRODUCTS)
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
         _packed[model] = [(module, _packed_forward(module)) for module in projections]
     return n_bytes
 
 
+def unpack_weights(model: nn.Module) -> None:
+    """Drop the copy of a model's weights, if there is one."""
+    _packed.pop(model, None)
+
+
 @contextlib.contextmanager
 def packed_products(model: nn.Module) -> Iterator[None]:
-    """While active, a model whose weights are ordered multiplies with them; without gradients. Hooks work as ever."""
+    """While active, a model whose weights are ordered multiplies with them; hooks work as ever.
+
+    Only for passes without gradients, and not within itself.
+    """
     projections = _packed.get(model, [])
-    for module, forward in projections:
-        module.forward = forward
     try:
+        for module, forward in projections:
+            module.forward = forward
         yield
     finally:
         for module, _ in projections:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 _packed: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]]
@@ -56,12 +64,13 @@ _packed = weakref.WeakKeyDictionary()
 
 def _is_projection(module: nn.Module) -> bool:
     """True for a linear layer, also in GPT-2's form with the weight turned round."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def _is_supported(weights: list[torch.Tensor]) -> bool:
     """True if there is a product for weights ordered in advance, and these are of the right kind."""
-    has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    needed = ("_linear_pointwise", "_reorder_linear_weight")
+    has_product = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in needed)
     is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     is_plain = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
     return has_product and is_x86 and is_plain

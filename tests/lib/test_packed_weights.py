@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib.packed_weights import pack_weights, packed_products
+from lib.ablation_engine import AblationEngine
+from lib.engine_chunk import ChunkRun
+from lib.interventions import Intervention, build_table
+from lib.neurons import Neuron
+from lib.packed_weights import pack_weights, packed_products, unpack_weights
 from tests.models import FAMILIES, tiny_model
 
 _ENOUGH = 2**30
@@ -90,3 +95,37 @@ def test_copies_that_are_too_large_or_not_float32_are_not_made(make_model):
     model.to(torch.float32)
     assert pack_weights(model, blocks, n_bytes) == n_bytes
     assert pack_weights(model, blocks, 0) == n_bytes
+
+
+def test_a_dropped_copy_is_used_no_more(make_model):
+    model, blocks = make_model("qwen2")
+    pack_weights(model, blocks, _ENOUGH)
+    unpack_weights(model)
+    with packed_products(model):
+        assert not any("forward" in vars(module) for module in blocks.modules())
+    unpack_weights(model)
+
+
+def test_the_engine_does_without_the_copy_when_memory_runs_out(make_model, monkeypatch):
+    lm = copy.deepcopy(tiny_model("llama", seed=21))
+    table = build_table(lm, Intervention.ZERO, ["1+1="], max_new_tokens=3)
+    engine = AblationEngine(lm, ["1+2=", "3*4="], table, max_new_tokens=3)
+    expected = engine.answers([[Neuron("m0", 3), Neuron("m1", 5)]], [0, 1])
+    assert any("forward" in vars(module) for module in _modules_within(lm))
+    run, failures = ChunkRun.run, iter([True])
+
+    def fail_once(self, decode_rows):
+        if next(failures, False):
+            raise MemoryError
+        return run(self, decode_rows)
+
+    monkeypatch.setattr(ChunkRun, "run", fail_once)
+    again = engine.answers([[Neuron("m0", 3), Neuron("m1", 5)]], [0, 1])
+    assert again.texts == expected.texts
+    assert not any("forward" in vars(module) for module in _modules_within(lm))
+
+
+def _modules_within(lm):
+    """The modules of the blocks, looked at while packed products are active."""
+    with packed_products(lm.model):
+        return [SimpleNamespace(**vars(module)) for module in lm.blocks.modules()]
