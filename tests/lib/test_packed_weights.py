@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +31,12 @@ def make_model():
     return make
 
 
+def n_packed(model):
+    """How many modules multiply with ordered weights while packed products are active."""
+    with packed_products(model):
+        return sum("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_plain_model(family, make_model):
     model, blocks = make_model(family)
@@ -48,11 +53,8 @@ def test_logits_are_those_of_the_plain_model(family, make_model):
 def test_every_projection_of_the_blocks_takes_part(family, make_model):
     model, blocks = make_model(family)
     pack_weights(model, blocks, _ENOUGH)
-    projections = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    assert len(projections) == {"llama": 7, "gpt2": 4}[family] * len(blocks)
-    with packed_products(model):
-        assert all("forward" in vars(module) for module in projections)
-    assert not any("forward" in vars(module) for module in projections)
+    assert n_packed(model) == {"llama": 7, "gpt2": 4}[family] * len(blocks)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_rows_by_hand_with_bias(make_model):
@@ -90,8 +92,7 @@ def test_copies_that_are_too_large_or_not_float32_are_not_made(make_model):
     n_bytes = sum(m.weight.nbytes for m in blocks.modules() if isinstance(m, torch.nn.Linear))
     assert pack_weights(model, blocks, n_bytes - 1) == 0
     assert pack_weights(model.to(torch.bfloat16), blocks, n_bytes) == 0
-    with packed_products(model):
-        assert not any("forward" in vars(module) for module in blocks.modules())
+    assert n_packed(model) == 0
     model.to(torch.float32)
     assert pack_weights(model, blocks, n_bytes) == n_bytes
     assert pack_weights(model, blocks, 0) == n_bytes
@@ -100,9 +101,9 @@ def test_copies_that_are_too_large_or_not_float32_are_not_made(make_model):
 def test_a_dropped_copy_is_used_no_more(make_model):
     model, blocks = make_model("qwen2")
     pack_weights(model, blocks, _ENOUGH)
+    assert n_packed(model) > 0
     unpack_weights(model)
-    with packed_products(model):
-        assert not any("forward" in vars(module) for module in blocks.modules())
+    assert n_packed(model) == 0
     unpack_weights(model)
 
 
@@ -110,8 +111,10 @@ def test_the_engine_does_without_the_copy_when_memory_runs_out(make_model, monke
     lm = copy.deepcopy(tiny_model("llama", seed=21))
     table = build_table(lm, Intervention.ZERO, ["1+1="], max_new_tokens=3)
     engine = AblationEngine(lm, ["1+2=", "3*4="], table, max_new_tokens=3)
-    expected = engine.answers([[Neuron("m0", 3), Neuron("m1", 5)]], [0, 1])
-    assert any("forward" in vars(module) for module in _modules_within(lm))
+    group = [Neuron(f"m{layer}", index) for layer in range(lm.n_layers) for index in range(lm.d_model)]
+    expected = engine.answers([group], [0, 1])
+    assert expected.texts
+    assert n_packed(lm.model) > 0
     run, failures = ChunkRun.run, iter([True])
 
     def fail_once(self, decode_rows):
@@ -120,12 +123,5 @@ def test_the_engine_does_without_the_copy_when_memory_runs_out(make_model, monke
         return run(self, decode_rows)
 
     monkeypatch.setattr(ChunkRun, "run", fail_once)
-    again = engine.answers([[Neuron("m0", 3), Neuron("m1", 5)]], [0, 1])
-    assert again.texts == expected.texts
-    assert not any("forward" in vars(module) for module in _modules_within(lm))
-
-
-def _modules_within(lm):
-    """The modules of the blocks, looked at while packed products are active."""
-    with packed_products(lm.model):
-        return [SimpleNamespace(**vars(module)) for module in lm.blocks.modules()]
+    assert engine.answers([group], [0, 1]).texts == expected.texts
+    assert n_packed(lm.model) == 0
